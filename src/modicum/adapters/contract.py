@@ -1,0 +1,90 @@
+"""What a method is: one adapter on one base layer.
+
+A method file defines a config and one final subclass of `Adapter`. The subclass holds the trained numbers
+of one adapter on one layer and says what dense update they stand for. Everything else (PEFT, several
+adapters, merging, saving, mixed batches) is built on that.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from modicum.adapters.config import AdapterConfig
+    from modicum.adapters.site import Site
+
+
+class Adapter(nn.Module, abc.ABC):
+    """One adapter of one method on one base layer; its parameters are exactly the trained numbers."""
+
+    #: the config class of the method
+    config_class: ClassVar[type[AdapterConfig]]
+    #: the paper, e.g. "arXiv 2405.17604"
+    source: ClassVar[str]
+    #: the dense update in one line of plain mathematics
+    formula: ClassVar[str]
+    #: (q, p) when the update is constant on q×p blocks of the weight, which folds into zero-points
+    block: ClassVar[tuple[int, int] | None] = None
+
+    def __init__(self, site: Site, config: AdapterConfig) -> None:
+        super().__init__()
+        # the site belongs to the layer, not to this adapter: keep it out of state dicts and `.to()`
+        object.__setattr__(self, "site", site)
+        self.rank = config.rank_for(site.name)
+        self.scaling = config.alpha_for(site.name) / self.rank
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else None
+
+    site: Site
+
+    @staticmethod
+    @abc.abstractmethod
+    def count(in_features: int, out_features: int, rank: int, config: AdapterConfig) -> int:
+        """Trained numbers on a layer of the given shape, in closed form."""
+
+    @abc.abstractmethod
+    def delta_weight(self) -> Tensor:
+        """The dense update, shape (out, in), float32: the definition of what this adapter does."""
+
+    def forward(self, x: Tensor, base_output: Tensor) -> Tensor:
+        """`base_output` plus the update applied to `x`, shape (*batch, out).
+
+        The default multiplies with the dense update; methods override it where there is a cheaper way.
+        """
+        x = self.dropout(x) if self.dropout is not None else x
+        return base_output + F.linear(x, self.delta_weight().to(x.dtype)).to(base_output.dtype)
+
+    @classmethod
+    def forward_mixed(
+        cls, adapters: Sequence[Adapter], rows: Tensor, x: Tensor, base_output: Tensor
+    ) -> Tensor:
+        """`base_output` plus, on each batch row, the update of that row's adapter.
+
+        `rows` (batch,) indexes `adapters`, −1 is the base model alone. The default runs the adapters one
+        after the other on their rows; methods override it where one product serves all rows.
+        """
+        output = base_output.clone()
+        for index, adapter in enumerate(adapters):
+            mine = (rows == index).nonzero().squeeze(-1)
+            if len(mine):
+                output = output.index_copy(0, mine, adapter(x[mine], base_output[mine]))
+        return output
+
+    def lora_factors(self) -> tuple[Tensor, Tensor] | None:
+        """Factors (B: (out, k), A: (k, in)) with scaling · B A equal to the update, if it is low-rank."""
+        return None
+
+
+@torch.no_grad()
+def merge_delta(weight: Tensor, deltas: Sequence[Tensor]) -> Tensor:
+    """The (out, in) weight plus all updates, added in float32 and rounded once to the weight's dtype."""
+    total = weight.to(torch.float32)
+    for delta in deltas:
+        total = total + delta.to(total.device)
+    return total.to(weight.dtype)

@@ -1,0 +1,1 @@
+"""What we know of architectures: loading, targets, shapes, bases, plans."""

@@ -1,0 +1,1 @@
+"""Adapters on disk: the compact record, PEFT folders, export and import."""

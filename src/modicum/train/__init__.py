@@ -1,0 +1,1 @@
+"""Recipes, baselines and training."""
