@@ -1,0 +1,154 @@
+"""What several verbs need: output as table or JSON, progress, and overrides of a recipe."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from modicum.errors import ConfigError
+
+#: the `--json` option of a verb: `as_json: JsonFlag = False`
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+#: the `--set` option of a verb that takes a recipe: `overrides: Overrides = None`
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the recipe, e.g. train.lr=1e-3."),
+]
+
+Advance = Callable[..., None]
+
+
+def emit(result: Any, as_json: bool, table_fn: Callable[[Any], Any]) -> None:
+    """Print a dataclass or mapping: as one JSON object, or as what `table_fn(result)` makes of it."""
+    if as_json:
+        typer.echo(json.dumps(jsonable(result), allow_nan=False))
+        return
+    from rich.console import Console
+
+    shown = table_fn(result)
+    # no terminal has no width of its own: let lines be as long as they are, so that pipes see whole rows
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for part in shown if isinstance(shown, (list, tuple)) else [shown]:
+        if isinstance(part, str):
+            typer.echo(part)
+        else:
+            console.print(part)
+
+
+def jsonable(value: Any) -> Any:
+    """`value` in plain JSON types; dataclasses become objects, paths strings, nan and inf None."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
+    """A rich table; columns whose every value reads as a number are set flush right."""
+    from rich.table import Table
+
+    result = Table(title=title, title_justify="left")
+    cells = [[str(value) for value in row] for row in rows]
+    for index, name in enumerate(columns):
+        numeric = all(re.match(r"[-+~]?[\d.]", row[index]) or not row[index] for row in cells)
+        result.add_column(name, justify="right" if numeric else "left")
+    for row in cells:
+        result.add_row(*row)
+    return result
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int | None = None, every: float = 10.0) -> Iterator[Advance]:
+    """A function `advance(steps=1, note="")`: a bar on a terminal, else now and then a line on stderr."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda steps=1, note="": bar.update(
+                task, advance=steps, description=f"{what} {note}".strip()
+            )
+        return
+    done, last = 0, time.monotonic()
+
+    def advance(steps: int = 1, note: str = "") -> None:
+        nonlocal done, last
+        done += steps
+        if done == total or time.monotonic() - last >= every:
+            last = time.monotonic()
+            typer.echo(f"{what} {done}{f'/{total}' if total else ''} {note}".rstrip(), err=True)
+
+    yield advance
+
+
+def parse_overrides(pairs: Sequence[str] | None) -> dict[str, Any]:
+    """Nested values from `key.sub=value` pairs; values are read as YAML (`1e-3` is a number).
+
+    Raises:
+        ConfigError: a pair has no `=`, an empty key, or a key below another pair's value.
+    """
+    result: dict[str, Any] = {}
+    for pair in pairs or ():
+        path, equals, text = pair.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            raise ConfigError(f"cannot read {pair!r}; write key=value or key.sub=value, e.g. train.lr=1e-3")
+        node = result
+        for key in keys[:-1]:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{pair!r} goes below {key!r}, which another override sets to a value")
+        node[keys[-1]] = yaml_value(text)
+    return result
+
+
+def merged(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`recipe` with `overrides` laid over it, mapping by mapping; neither is changed."""
+    result = dict(recipe)
+    for key, value in overrides.items():
+        below = result.get(key)
+        result[key] = (
+            merged(below, value) if isinstance(below, Mapping) and isinstance(value, dict) else value
+        )
+    return result
+
+
+def yaml_value(text: str) -> Any:
+    """`text` read as one YAML value; `1e-3` is a number, which YAML 1.1 would call a string."""
+    import yaml
+
+    if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text.strip()):
+        return float(text)
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"cannot read {text!r} as a YAML value: {error}") from error
+
+
+def read_recipe(path: Path, pairs: Sequence[str] | None = None) -> dict[str, Any]:
+    """The recipe at `path` as plain values, with overrides applied; checking it is the schema's job."""
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no valid YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, it holds {type(recipe).__name__}")
+    return merged(recipe, parse_overrides(pairs))
