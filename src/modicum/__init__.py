@@ -1,6 +1,8 @@
 """Fine-tune, compress, personalize and serve language models with extremely few parameters.
 
-Public names load on first use, so that `import modicum` stays light (no torch).
+Public names load on first use, so that `import modicum` stays light (no torch). It also makes PEFT know our
+methods, whichever of the two is imported first; from then on `get_peft_model`, `PeftModel.from_pretrained`
+and the Auto classes take them like PEFT's own.
 """
 
 from __future__ import annotations
@@ -8,24 +10,31 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from modicum import _peft_hook
 from modicum._version import __version__
+from modicum.errors import ModicumError
 
 if TYPE_CHECKING:
+    from modicum.adapters.registry import get as get_method
+    from modicum.adapters.registry import names as method_names
     from modicum.methods.lora_xs import LoraXSConfig
 
-#: public name -> module that defines it
+#: public name -> (module that defines it, its name there)
 _PUBLIC = {
-    "LoraXSConfig": "modicum.methods.lora_xs",
+    "LoraXSConfig": ("modicum.methods.lora_xs", "LoraXSConfig"),
+    "get_method": ("modicum.adapters.registry", "get"),
+    "method_names": ("modicum.adapters.registry", "names"),
 }
 
-__all__ = ["LoraXSConfig", "__version__"]
+__all__ = ["LoraXSConfig", "ModicumError", "__version__", "get_method", "method_names"]
 
 
 def __getattr__(name: str) -> Any:
     """The public object `name`, imported on first use."""
     if name not in _PUBLIC:
         raise AttributeError(f"module 'modicum' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    module, attribute = _PUBLIC[name]
+    value = getattr(importlib.import_module(module), attribute)
     globals()[name] = value
     return value
 
@@ -33,3 +42,6 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     """All public names, loaded or not."""
     return sorted(__all__)
+
+
+_peft_hook.install()

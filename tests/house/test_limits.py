@@ -1,0 +1,113 @@
+"""The house rules that can be counted: file lengths, floors, no traces of one machine."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = ROOT / "src" / "modicum"
+_LIMITS = {"methods": 200, "cli": 120}
+# data, not code; and the files people write for themselves
+_TEXT = {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ".cfg", ".sh", ".json", ""}
+
+
+def _modules() -> list[Path]:
+    return sorted(SOURCE.rglob("*.py"))
+
+
+def _tracked() -> list[Path]:
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    files = [ROOT / name for name in listed.split("\0") if name]
+    return [file for file in files if file.suffix in _TEXT and file.is_file() and file.stat().st_size < 2**20]
+
+
+def test_no_module_is_too_long():
+    faults = []
+    for file in _modules():
+        floor = file.relative_to(SOURCE).parts[0]
+        limit = 400 if file.name.startswith("_") else _LIMITS.get(floor, 400)
+        lines = len(file.read_text(encoding="utf-8").splitlines())
+        if lines > limit:
+            faults.append(f"{file.relative_to(ROOT)}: {lines} lines, the limit is {limit}")
+    assert not faults, "\n".join(faults)
+
+
+def test_no_function_is_too_long_without_a_reason():
+    faults = []
+    for file in _modules():
+        text = file.read_text(encoding="utf-8")
+        lines = text.splitlines()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if length > 60 and "# long:" not in lines[node.lineno - 1]:
+                    faults.append(f"{file.relative_to(ROOT)}:{node.lineno} {node.name}: {length} lines")
+    assert not faults, "over 60 lines and no `# long: reason` beside the name\n" + "\n".join(faults)
+
+
+def test_every_module_says_what_it_is():
+    faults = [
+        str(f.relative_to(ROOT)) for f in _modules() if not ast.get_docstring(ast.parse(f.read_text("utf-8")))
+    ]
+    assert not faults, f"no docstring: {faults}"
+
+
+def test_no_paths_of_one_machine():
+    # put together so that this file does not find itself
+    folders = "|".join(["/ho" + "me/", "/ro" + "ot/", "/wo" + "rk/", "/Use" + "rs/", r"/tm" + r"p/[a-z]"])
+    pattern = re.compile(rf"(?<![\w.$}}>~-])({folders})")
+    faults = []
+    for file in _tracked():
+        for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            if pattern.search(line):
+                faults.append(f"{file.relative_to(ROOT)}:{number}: {line.strip()[:100]}")
+    assert not faults, "\n".join(faults)
+
+
+def test_floors():
+    command = shutil.which("lint-imports", path=str(Path(sys.executable).parent)) or shutil.which(
+        "lint-imports"
+    )
+    assert command, "import-linter is not installed"
+    result = subprocess.run([command, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_constraints_pin_every_dependency():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [
+        *project["dependencies"],
+        *(d for extra in project["optional-dependencies"].values() for d in extra),
+    ]
+    names = {_canonical(re.match(r"[\w.-]+", text).group()) for text in wanted} - {"modicum"}
+    pinned = {
+        _canonical(line.split("==")[0])
+        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        if "==" in line
+    }
+    # bitsandbytes has wheels for some machines only, so there is no one version that was tested everywhere
+    assert names - pinned <= {"bitsandbytes"}
+
+
+def test_constraints_carry_no_build_labels():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert not [
+        line for line in lines if not line.startswith("#") and not re.fullmatch(r"[\w.-]+==[\w.]+", line)
+    ]
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
