@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from peft import PeftConfig
 
 from modicum.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from modicum.adapters.basis import BasisSpec
 
 
 def option(default: Any, help_text: str, **constraints: Any) -> Any:
@@ -48,7 +51,9 @@ class AdapterConfig(PeftConfig):
     layers_pattern: str | list[str] | None = option(
         None, "Name of the module list that `layers_to_transform` counts in, e.g. 'layers' or 'h'."
     )
-    rank_pattern: dict[str, int] = option({}, "Ranks that differ from `r`, by layer name or regular expression.")
+    rank_pattern: dict[str, int] = option(
+        {}, "Ranks that differ from `r`, by layer name or regular expression."
+    )
     alpha_pattern: dict[str, float] = option(
         {}, "Alphas that differ from `alpha`, by layer name or regular expression."
     )
@@ -56,15 +61,21 @@ class AdapterConfig(PeftConfig):
         None, "Modules besides the adapted layers to train and save in full, e.g. a classification head."
     )
     init_weights: bool = option(
-        True, "Start from the method's own initial values (no update); False draws large random ones, for tests."
+        True,
+        "Start from the method's own initial values (no update); False draws large random ones, for tests.",
     )
     seed: int = option(0, "Seed of the adapter's initial values.")
     base_fingerprint: str | None = option(
         None, "Fingerprint of the adapted base weights; set on creation, checked on loading."
     )
 
+    basis_fingerprint: str | None = option(
+        None, "Fingerprint of the frozen directions; set on creation, checked on loading."
+    )
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """A new config; unknown option names are refused, which PEFT would only warn about."""
+        del args
         known = [f.name for f in dataclasses.fields(cls)]
         unknown = [name for name in kwargs if name not in known]
         if unknown:
@@ -83,6 +94,10 @@ class AdapterConfig(PeftConfig):
         faults = [*self._range_faults(), *self.faults()]
         if faults:
             raise ConfigError(f"{type(self).__name__}: " + "; ".join(faults))
+
+    def basis_spec(self) -> BasisSpec | None:
+        """The kind of frozen directions this method shares between adapters; None when it has none."""
+        return None
 
     def faults(self) -> list[str]:
         """What is wrong between the options of this method; none by default."""
@@ -107,7 +122,9 @@ class AdapterConfig(PeftConfig):
                 faults.append(f"{spec.name} = {value!r}, must be at least {limits['minimum']}")
             if "maximum" in limits and value > limits["maximum"]:
                 faults.append(f"{spec.name} = {value!r}, must be at most {limits['maximum']}")
-        faults += [f"rank_pattern[{k!r}] = {v!r}, must be at least 1" for k, v in self.rank_pattern.items() if v < 1]
+        faults += [
+            f"rank_pattern[{k!r}] = {v!r}, must be at least 1" for k, v in self.rank_pattern.items() if v < 1
+        ]
         return faults
 
 

@@ -27,10 +27,14 @@ ENTRY_POINT_GROUP = "modicum.methods"
 def _modules() -> dict[str, str]:
     import modicum.methods
 
-    found = {info.name: f"modicum.methods.{info.name}" for info in pkgutil.iter_modules(modicum.methods.__path__)}
+    found = {
+        info.name: f"modicum.methods.{info.name}" for info in pkgutil.iter_modules(modicum.methods.__path__)
+    }
     for point in entry_points(group=ENTRY_POINT_GROUP):
         if point.name in found:
-            raise ConfigError(f"the method {point.name!r} of {point.value!r} is already taken by {found[point.name]!r}")
+            raise ConfigError(
+                f"the method {point.name!r} of {point.value!r} is already taken by {found[point.name]!r}"
+            )
         found[point.name] = point.value
     return dict(sorted(found.items()))
 
@@ -58,7 +62,9 @@ def get(name: str) -> type[Adapter]:
         if inspect.isclass(value) and issubclass(value, Adapter) and value.__module__ == module.__name__
     ]
     if len(classes) != 1:
-        raise ConfigError(f"{module.__name__} must define exactly one Adapter class, it defines {len(classes)}")
+        raise ConfigError(
+            f"{module.__name__} must define exactly one Adapter class, it defines {len(classes)}"
+        )
     classes[0].config_class.method = name
     return classes[0]
 

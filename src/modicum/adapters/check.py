@@ -1,0 +1,115 @@
+"""Refusing what would be silently wrong: another base model, another basis, damaged numbers, wrong targets."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import torch
+
+from modicum.adapters import basis as bases
+from modicum.errors import BaseMismatchError, CorruptAdapterError, TargetError, did_you_mean, listing
+from modicum.quant.base import format_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor, nn
+
+    from modicum.adapters.config import AdapterConfig
+    from modicum.adapters.site import Site
+
+
+def base_fingerprint(digests: Mapping[str, str]) -> str:
+    """Fingerprint of the adapted base weights from their digests by layer name: 32 hex digits."""
+    text = "\n".join(f"{name} {digests[name]}" for name in sorted(digests))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def check_targets(named: Mapping[str, nn.Module], config: AdapterConfig, known: Sequence[str]) -> None:
+    """Refuse targets that match nothing, cannot be adapted, or are narrower than the rank; all at once.
+
+    `named`: what the targets matched; `known`: the names of all linear layers, to suggest from.
+    """
+    faults = []
+    if isinstance(config.target_modules, (set, list)):
+        ends = sorted({name.rsplit(".", 1)[-1] for name in known})
+        faults += [
+            f"target {target!r} matches no layer{did_you_mean(target, ends)}; linear layers here: {listing(ends, 12)}"
+            for target in sorted(config.target_modules)
+            if not any(name == target or name.endswith(f".{target}") for name in [*named, *known])
+        ]
+    wrong = [(name, type(module).__name__) for name, module in named.items() if format_of(module) is None]
+    if wrong:
+        faults.append(
+            f"{listing([f'{name} ({kind})' for name, kind in wrong])} cannot be adapted: only linear layers can "
+            "(embeddings, convolutions and norms go into modules_to_save)"
+        )
+    narrow = []
+    for name, module in named.items():
+        fmt = format_of(module)
+        if fmt is not None and config.rank_for(name) > min(fmt.shape(module)):
+            narrow.append(f"{name} {fmt.shape(module)} with r = {config.rank_for(name)}")
+    if narrow:
+        faults.append(f"the rank is larger than the layer: {listing(narrow)}; lower r or set rank_pattern")
+    if faults:
+        raise TargetError("; ".join(faults))
+
+
+def check_base(config: AdapterConfig, sites: Mapping[str, Site]) -> str:
+    """The base fingerprint of `sites`; refuses an adapter that was trained on another one."""
+    found = base_fingerprint({name: site.digest() for name, site in sites.items()})
+    if config.base_fingerprint not in (None, found):
+        dtypes = sorted({str(site.dtype).removeprefix("torch.") for site in sites.values()})
+        raise BaseMismatchError(
+            f"this adapter was trained on another base model (fingerprint {config.base_fingerprint}, this one is "
+            f"{found}, loaded as {', '.join(dtypes)}, {len(sites)} layers). Load "
+            f"{config.base_model_name_or_path or 'the base model it names'} in float32 or bfloat16, unmodified and "
+            "at the same revision. float16 changes small weights of a checkpoint stored in another dtype; use it "
+            "only if the adapter was trained that way"
+        )
+    return found
+
+
+def check_basis(config: AdapterConfig, sites: Mapping[str, Site]) -> str | None:
+    """The fingerprint of the bases of `sites`, None for methods without; refuses one that differs."""
+    spec = config.basis_spec()
+    if spec is None:
+        return None
+    items = []
+    for name, site in sites.items():
+        rank = config.rank_for(name)
+        items.append((name, site.basis(spec, rank).ut[:rank].T))
+    found = bases.fingerprint_of(items, spec, config.r)
+    if config.basis_fingerprint is not None:
+        bases.ensure_same(config.basis_fingerprint, found, sum(u.shape[1] for _, u in items))
+        return config.basis_fingerprint
+    return found
+
+
+def check_state(expected: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> None:
+    """Refuse adapter numbers that are missing, misshapen or not finite; everything wrong is listed.
+
+    `expected`: checkpoint key -> shape, of the adapter in memory; other keys of `state` pass.
+    """
+    missing = [key for key in expected if key not in state]
+    shapes = [
+        f"{key} is {tuple(state[key].shape)}, not {tuple(shape)}"
+        for key, shape in expected.items()
+        if key in state and state[key].shape != shape
+    ]
+    broken = [key for key in state if state[key].is_floating_point() and not torch.isfinite(state[key]).all()]
+    faults = []
+    if missing:
+        faults.append(f"{len(missing)} of {len(expected)} tensors are missing ({listing(missing, 3)})")
+    if shapes:
+        faults.append(f"wrong shapes: {listing(shapes, 3)}")
+    if broken:
+        faults.append(f"NaN or infinite values in {listing(broken, 3)}")
+    if faults:
+        raise CorruptAdapterError(
+            "this adapter was not loaded: "
+            + "; ".join(faults)
+            + ". Take the file from its source again, or train "
+            "with a lower learning rate if it was saved like this"
+        )

@@ -1,0 +1,145 @@
+"""A base layer with adapters on it: the layer that PEFT sees, the same for every method."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from modicum.adapters import registry
+from modicum.adapters.contract import Adapter, merge_delta
+from modicum.errors import ConfigError, CorruptAdapterError
+
+if TYPE_CHECKING:
+    from modicum.adapters.config import AdapterConfig
+    from modicum.adapters.mixed import Routing
+    from modicum.adapters.site import Site
+
+
+# PEFT finds layers for "all-linear" by the word Linear in the class name.
+class AdapterLinear(nn.Module, BaseTunerLayer):
+    """A base layer, its adapters by name, and the bases they share."""
+
+    def __init__(self, site: Site, method: str, adapter_name: str, routing: Routing) -> None:
+        super().__init__()
+        self.base_layer = site.module
+        self.site = site
+        self.method = method
+        # one attribute per method, so that state-dict keys name the method: PEFT strips the adapter name only
+        self.adapters_attribute = f"{registry.prefix(method)}adapters"
+        self.adapter_layer_names = (self.adapters_attribute,)
+        self.other_param_names = ()
+        setattr(self, self.adapters_attribute, nn.ModuleDict())
+        self._active_adapter = adapter_name
+        # registered to follow `.to(device)`; its buffers are not persistent, so nothing of it is saved
+        setattr(self, f"{registry.prefix(method)}bases", self.site.bases)
+        object.__setattr__(self, "routing", routing)
+        self.merged_adapters = []
+        self.in_features, self.out_features = self.site.in_features, self.site.out_features
+
+    routing: Routing
+
+    @property
+    def adapters(self) -> nn.ModuleDict:
+        """The adapters of this layer by name."""
+        return cast("nn.ModuleDict", getattr(self, self.adapters_attribute))
+
+    def update_layer(self, adapter_name: str, config: AdapterConfig) -> None:
+        """Put a new adapter on this layer, in the dtype and on the device of the base layer."""
+        self.adapters[adapter_name] = registry.get(self.method)(self.site, config)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        if self.site.is_meta or any(p.is_meta for p in self.adapters[adapter_name].parameters()):
+            return
+        dtype = self.site.dtype
+        self.adapters[adapter_name].to(device or self.site.device, dtype if dtype.is_floating_point else None)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output with the active adapters applied, shape (*batch, out)."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        output = self.base_layer(x, *args, **kwargs)
+        if self.routing.active:
+            return self._forward_mixed(x, output)
+        if self.merged:
+            return output
+        adapters = self.adapters
+        active = [adapters[name] for name in self.active_adapters if name in adapters]
+        if len(active) == 1:
+            return active[0](x, output)
+        return output + sum(
+            (adapter(x, output) - output for adapter in active), start=torch.zeros_like(output)
+        )
+
+    def _forward_mixed(self, x: Tensor, base_output: Tensor) -> Tensor:
+        if self.merged:
+            raise ConfigError(
+                "adapter_names cannot be used while adapters are merged; call unmerge_adapter() first"
+            )
+        rows = self.routing.rows(x.shape[0], x.device)
+        here = [name for name in self.routing.names if name in self.adapters]
+        if not here:
+            return base_output
+        if len(here) < len(self.routing.names):  # an adapter may leave some layers alone
+            position = torch.tensor(
+                [*(here.index(name) if name in here else -1 for name in self.routing.names), -1],
+                device=x.device,
+            )
+            rows = position[rows]
+        adapters = [cast("Adapter", self.adapters[name]) for name in here]
+        return type(adapters[0]).forward_mixed(adapters, rows, x, base_output)
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """The dense update of one adapter, (out, in), float32."""
+        return cast("Adapter", self.adapters[adapter_name]).delta_weight()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT may turn the adapter into a LoRA: every update of ours is additive."""
+        return adapter_name in self.adapters
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold adapters into the base weight in place; the original is kept for an exact `unmerge`.
+
+        A result that is not finite is refused whatever `safe_merge` says: looking costs little.
+
+        Raises:
+            InexactMergeError: the base format cannot take the update.
+            CorruptAdapterError: the merged weight would hold NaN or infinity; nothing was changed.
+        """
+        del safe_merge
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adapters]
+        if not names:
+            return
+        original = self.site.weight()
+        deltas = [self.get_delta_weight(name) for name in [*self.merged_adapters, *names]]
+        merged = merge_delta(original, deltas)
+        if not torch.isfinite(merged).all():
+            raise CorruptAdapterError(
+                f"merging {', '.join(names)} into {self.site.name} gives NaN or infinite weights; the base model was "
+                "left as it was. Check the adapter with `modicum inspect`"
+            )
+        self.site.format.write(self.base_layer, merged)
+        self.site.original = original
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the original base weight back, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        assert self.site.original is not None
+        self.site.format.write(self.base_layer, self.site.original)
+        self.site.original = None
+        self.merged_adapters.clear()
+
+    def __repr__(self) -> str:
+        return f"modicum.{self.method}." + super().__repr__()

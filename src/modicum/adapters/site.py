@@ -1,0 +1,119 @@
+"""One base layer as a method sees it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from torch import Tensor, nn
+
+from modicum.adapters.basis import layer_factors
+from modicum.errors import TargetError
+from modicum.ops.digest import weight_digest
+from modicum.quant.base import BaseFormat, format_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from modicum.adapters.basis import BasisSpec, LayerFactors
+
+
+class LayerBasis(nn.Module):
+    """The frozen factors of one base layer, shared by all its adapters and never saved with them.
+
+    `ut` (k, out) holds the output directions as rows, so that the first r rows are the rank-r basis without
+    a copy; `a` (k, in) the input factor, given by the basis or made on request as Uᵀ W; `sigma` (k,) the
+    singular values, where the kind of basis has them.
+    """
+
+    ut: Tensor
+    a: Tensor | None
+    sigma: Tensor | None
+
+    def __init__(self, factors: LayerFactors, site: Site) -> None:
+        super().__init__()
+        self.explicit_input = factors.a is not None
+        self.set(factors, site)
+
+    def set(self, factors: LayerFactors, site: Site) -> None:
+        """Take `factors` in place of the present ones (in place: adapters keep their reference)."""
+        remake_input = not self.explicit_input and getattr(self, "a", None) is not None
+        self.initial_core = factors.r0
+        for name, value in (("ut", factors.u.T.contiguous()), ("a", factors.a), ("sigma", factors.s)):
+            self.register_buffer(name, None if value is None else value.to(site.device), persistent=False)
+        if remake_input:
+            self.make_input(site)
+
+    def make_input(self, site: Site) -> None:
+        """Keep A = Uᵀ W (k, in) as well, for adapters that read the layer's input."""
+        if self.a is None:
+            self.a = self.ut @ site.weight().to(self.ut.dtype)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank this basis can serve."""
+        return self.ut.shape[0]
+
+
+class Site:
+    """Name, shape, weight, bias and bases of one base layer.
+
+    The weight is always the unmerged one: while adapters are merged, the original is kept here.
+    """
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        fmt = format_of(module)
+        if fmt is None:
+            raise TargetError(
+                f"{name} is a {type(module).__name__}, which cannot be adapted; linear layers can"
+            )
+        fmt.prepare(module)
+        self.name = name
+        self.module = module
+        self.format: BaseFormat = fmt
+        self.out_features, self.in_features = fmt.shape(module)
+        self.original: Tensor | None = None
+        self.bases: nn.ModuleDict = nn.ModuleDict()
+        self._digest: str | None = None
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias (out,), if it has one."""
+        return cast("Tensor | None", getattr(self.module, "bias", None))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base weight lives."""
+        return cast("Tensor", self.module.weight).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype of the base weight, of its dequantized form where it is packed."""
+        return self.format.dtype(self.module)
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether the base weight holds no numbers yet."""
+        return self.device.type == "meta"
+
+    def weight(self) -> Tensor:
+        """The unmerged weight, (out, in), in the base layer's dtype; do not write to it."""
+        return self.original if self.original is not None else self.format.weight(self.module)
+
+    def digest(self) -> str:
+        """Digest of the unmerged weight rounded to bfloat16, computed once."""
+        if self._digest is None:
+            self._digest = weight_digest(self.weight())
+        return self._digest
+
+    def basis(self, spec: BasisSpec, rank: int) -> LayerBasis:
+        """The shared basis of this layer that serves at least `rank`; grown in place when it was smaller."""
+        key = spec.token()
+        if key not in self.bases:
+            self.bases[key] = LayerBasis(self._factors(spec, rank), self)
+        basis = cast("LayerBasis", self.bases[key])
+        if basis.rank < rank:
+            basis.set(self._factors(spec, rank), self)
+        return basis
+
+    def _factors(self, spec: BasisSpec, rank: int) -> LayerFactors:
+        return layer_factors(self.weight(), rank, spec, name=self.name)

@@ -1,0 +1,70 @@
+"""What the laws run over: every registered method with the variants it declares, on every base kind."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from modicum.adapters import registry
+
+#: options that change how a method computes; methods without an entry run with their defaults
+VARIANTS = {
+    "lora_xs": [
+        {},
+        {"svd_mode": "exact"},
+        {"core": "diagonal"},
+        {"use_sigma": False},
+        {"basis": "random"},
+        {"basis": "random_kaiming", "basis_seed": 3},
+        {"directions": "bottom", "svd_mode": "exact"},
+        {"directions": "middle", "svd_mode": "exact"},
+        {"dropout": 0.5},
+    ],
+}
+
+METHODS = [(name, variant) for name in registry.names() for variant in VARIANTS.get(name, [{}])]
+
+
+def method_id(case) -> str:
+    """`lora_xs-core=diagonal` and the like, for test names."""
+    name, variant = case
+    return "-".join([name, *(f"{key}={value}" for key, value in variant.items())])
+
+
+#: relative tolerance of a matrix product in each dtype
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 6e-3}
+
+
+class OneLayer(nn.Module):
+    """A model of a single base layer called `layer`."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def base_layer(kind: str, in_features: int, out_features: int, dtype: torch.dtype, *, bias: bool, seed: int):
+    """A base layer of the given kind with Gaussian weight and bias."""
+    torch.manual_seed(seed)
+    layer = (
+        nn.Linear(in_features, out_features, bias=bias)
+        if kind == "linear"
+        else Conv1D(out_features, in_features)
+    )
+    nn.init.normal_(layer.weight, std=in_features**-0.5)
+    if layer.bias is not None:
+        nn.init.normal_(layer.bias)
+    return OneLayer(layer.to(dtype))
+
+
+def close(
+    actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, scale: float | None = None
+) -> None:
+    """Assert equality within the rounding of `dtype`, relative to the size of the numbers."""
+    size = scale if scale is not None else max(expected.float().abs().max().item(), 1e-6)
+    error = (actual.float() - expected.float()).abs().max().item()
+    assert error <= TOLERANCE[dtype] * size, f"error {error:.3g} of {size:.3g}"
