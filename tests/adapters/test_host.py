@@ -335,7 +335,7 @@ def test_truncated_file_is_refused(tmp_path):
     get_peft_model(llama(), config_for("lora_xs")).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-40])
-    with pytest.raises(Exception, match="incomplete|buffer|Error"):
+    with pytest.raises(Exception, match=r"incomplete|buffer|Error"):
         PeftModel.from_pretrained(llama(), tmp_path)
 
 

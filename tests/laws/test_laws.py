@@ -57,7 +57,7 @@ def test_forward_is_base_plus_delta(case, shape):
 @law
 @given(shape=shapes)
 def test_update_is_zero_at_the_start(case, shape):
-    _, model, layer, _ = adapted(case, shape, init_weights=True)
+    _, _, layer, _ = adapted(case, shape, init_weights=True)
     weight = layer.site.weight().float()
     largest = layer.get_delta_weight("default").abs().max()
     # LoRA-XS starts at sigma = 1e-5 on purpose; random bases are not scaled to the weight
@@ -86,7 +86,7 @@ def test_merged_is_unmerged_and_unmerge_restores_every_bit(case, shape):
 @given(shape=shapes)
 def test_state_holds_the_trained_numbers_and_nothing_else(case, shape):
     name, _ = case
-    _, model, layer, x = adapted(case, shape)
+    _, model, _, x = adapted(case, shape)
     state = peft.get_peft_model_state_dict(model)
     config = model.peft_config["default"]
     closed_form = registry.get(name).count(shape["in_features"], shape["out_features"], config.r, config)

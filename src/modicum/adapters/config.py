@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from peft import PeftConfig
 
@@ -88,7 +88,7 @@ class AdapterConfig(PeftConfig):
         super().__post_init__()
         from modicum.adapters.registry import peft_type
 
-        self.peft_type = peft_type(type(self))
+        self.peft_type = cast("str", peft_type(type(self)))
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         faults = [*self._range_faults(), *self.faults()]
@@ -131,4 +131,4 @@ class AdapterConfig(PeftConfig):
 def _lookup(pattern: dict[str, Any], name: str, default: Any) -> Any:
     from peft.utils.other import get_pattern_key
 
-    return pattern.get(get_pattern_key(pattern.keys(), name), default)
+    return pattern.get(get_pattern_key(list(pattern), name), default)

@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from peft.utils import AuxiliaryTrainingWrapper
+
 from modicum.adapters import registry
 from modicum.adapters.check import check_base, check_basis, check_state, check_targets
 from modicum.adapters.layer import AdapterLinear

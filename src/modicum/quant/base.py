@@ -49,12 +49,13 @@ class BaseFormat(abc.ABC):
         Raises:
             InexactMergeError: this format cannot take it.
         """
+        del weight
         raise InexactMergeError(
             f"a {self.name} weight ({type(module).__name__}) cannot take a merged update exactly; load the base model "
             "in float32, bfloat16 or float16 and merge there, or keep the adapter separate"
         )
 
-    def prepare(self, module: nn.Module) -> None:
+    def prepare(self, module: nn.Module) -> None:  # noqa: B027 - most formats need none
         """Called once when a layer is first adapted, before its weight is read; may change how it runs."""
 
 
