@@ -1,0 +1,302 @@
+"""The recipe: one YAML that says what to train on what, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from modicum.data.options import DataOptions, Section, Task
+from modicum.errors import ConfigError, did_you_mean
+from modicum.evaluate.metrics import LARGER_IS_BETTER, TASK_METRICS
+from modicum.models.loading import Dtype  # noqa: TC001, pydantic reads it at run time
+from modicum.train import defaults
+from modicum.train.methods import option_faults
+from modicum.train.yaml_lines import Lines, read_yaml, yaml_value
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+class ModelOptions(Section):
+    """The base model and what it is for."""
+
+    name_or_path: str = Field(description="Folder, hub name, or 'embedded' for the model inside modicum.")
+    task: Task = Field("causal_lm", description="Language modelling, classification or regression of texts.")
+    dtype: Dtype = Field(
+        "auto", description="Number type of the base weights; 'auto' is that of the checkpoint."
+    )
+    num_labels: int | None = Field(
+        None, ge=2, description="Number of classes; counted in the data when unset."
+    )
+    revision: str | None = Field(None, description="Revision of a hub model.")
+    trust_remote_code: bool = Field(False, description="Run code that a hub model brings along.")
+    attn_implementation: str | None = Field(None, description="Attention kernel, e.g. 'sdpa' or 'eager'.")
+
+
+class MethodOptions(BaseModel):
+    """The method and its own options, which are the fields of its PEFT config."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str = Field(
+        "lora_xs", description="A method of modicum, lora, dora, vera, tiny_lora, psoft, or full."
+    )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The method's options, without its name."""
+        return dict(self.model_extra or {})
+
+
+class TrainOptions(Section):
+    """How to train. One step sees `batch_size` x `gradient_accumulation_steps` rows on any number of devices."""
+
+    epochs: float = Field(3.0, gt=0, description="Passes over the training rows.")
+    max_steps: int | None = Field(None, ge=1, description="Number of steps; takes the place of `epochs`.")
+    batch_size: int = Field(16, ge=1, description="Rows per forward pass, over all devices together.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Forward passes per step.")
+    eval_batch_size: int | None = Field(None, ge=1, description="Rows per evaluation pass and device.")
+    learning_rate: float | None = Field(None, gt=0, description="Peak learning rate; by method when unset.")
+    head_learning_rate: float | None = Field(
+        None, gt=0, description="Peak learning rate of a classification head."
+    )
+    scheduler: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="Learning-rate schedule."
+    )
+    warmup_ratio: float = Field(0.06, ge=0, lt=1, description="Share of the steps that warm up.")
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay, on matrices only.")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="Gradient norm above which gradients are scaled; 0: never."
+    )
+    optim: str = Field("adamw_torch", description="Optimizer by its Transformers name.")
+    seed: int = Field(0, ge=0, description="Seed of the head, the adapter, the row order and dropout.")
+    bf16: bool = Field(False, description="Compute in bfloat16 (autocast).")
+    fp16: bool = Field(False, description="Compute in float16 (autocast with loss scaling).")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations to save memory.")
+    eval_steps: int | None = Field(
+        None, ge=1, description="Steps between evaluations; every epoch when unset."
+    )
+    save_steps: int | None = Field(
+        None, ge=1, description="Steps between checkpoints; as evaluations when unset."
+    )
+    logging_steps: int = Field(10, ge=1, description="Steps between logged losses.")
+    report_to: Literal["tensorboard", "trackio", "wandb", "none"] | None = Field(
+        None, description="Experiment tracker; tensorboard when it is installed and this is unset."
+    )
+    metric: str | None = Field(
+        None, description="Validation metric that selects checkpoints and learning rates."
+    )
+    load_best: bool | None = Field(
+        None, description="Keep the best checkpoint; when unset, if there is validation."
+    )
+    early_stopping_patience: int | None = Field(
+        None, ge=1, description="Evaluations without gain before stopping."
+    )
+    evaluate_before: bool = Field(True, description="Measure the metrics before training too.")
+    device: Literal["auto", "cpu"] = Field("auto", description="Where to train.")
+    num_workers: int = Field(0, ge=0, description="Processes that prepare batches.")
+
+
+class SweepOptions(Section):
+    """Learning rates x seeds. The rate is chosen on validation; test sees the chosen one only."""
+
+    learning_rate: list[float] = Field(
+        default_factory=list, description="Rates to try; the recipe's own when empty."
+    )
+    seeds: list[int] = Field(default_factory=lambda: [0], min_length=1, description="Seeds to train with.")
+    select_on: Literal["all_seeds", "first_seed"] = Field(
+        "all_seeds",
+        description="Choose the rate on the mean over all seeds, or cheaply on the first seed alone.",
+    )
+    confidence: float = Field(0.95, gt=0, lt=1, description="Confidence of the intervals over seeds.")
+
+
+class Recipe(Section):
+    """Everything a training run depends on."""
+
+    model: ModelOptions
+    data: DataOptions
+    method: MethodOptions = Field(default_factory=lambda: MethodOptions(name="lora_xs"))
+    train: TrainOptions = Field(default_factory=TrainOptions)  # pyright: ignore[reportArgumentType]
+    sweep: SweepOptions | None = None
+    output: str | None = Field(None, description="Folder of the results; runs/NAME-OF-THE-RECIPE when unset.")
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate, given or by method and rank."""
+        rank = self.method.options.get("r")
+        return self.train.learning_rate or defaults.learning_rate(self.method.name, self.model.task, rank)
+
+    @property
+    def head_learning_rate(self) -> float:
+        """The peak learning rate of the head, given or by method."""
+        return self.train.head_learning_rate or defaults.head_learning_rate(
+            self.method.name, self.learning_rate
+        )
+
+    @property
+    def metric(self) -> str:
+        """The metric that selects: given or the first one of the task."""
+        return self.train.metric or TASK_METRICS[self.model.task][0]
+
+    @property
+    def larger_is_better(self) -> bool:
+        """Whether larger values of `metric` are better."""
+        return LARGER_IS_BETTER[self.metric]
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the results."""
+        return (
+            Path(self.output).expanduser()
+            if self.output
+            else Path("runs") / f"{self.method.name}-{self.digest()}"
+        )
+
+    def digest(self) -> str:
+        """16 hex digits over everything that changes the numbers: all but where results and logs go."""
+        values = self.model_dump(
+            mode="json", exclude={"output": True, "train": {"report_to", "logging_steps"}}
+        )
+        values["train"] |= {
+            "learning_rate": self.learning_rate,
+            "head_learning_rate": self.head_learning_rate,
+        }
+        return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+    def with_values(self, **changes: Any) -> Recipe:
+        """This recipe with other values, dots as double underscores: `train__seed=1, output='x'`."""
+        values = self.model_dump(exclude_unset=True)
+        for path, value in changes.items():
+            _put(values, path.split("__"), value, path)
+        return make_recipe(values)
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, without values left at their default."""
+        import yaml
+
+        return yaml.safe_dump(
+            self.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True
+        )
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe at `path` with `overrides` such as `train.seed=1`, whose values are read as YAML.
+
+    Raises:
+        ConfigError: everything that is wrong, with lines and the nearest right names.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        folder = file.parent if file.parent.is_dir() else Path.cwd()
+        recipes = [entry.name for entry in folder.glob("*.y*ml")]
+        raise ConfigError(
+            f"cannot read the recipe {file}{did_you_mean(file.name, recipes)}: {error}"
+        ) from error
+    values, lines = read_yaml(text, str(file))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: a recipe is a mapping of sections: {', '.join(Recipe.model_fields)}")
+    values.setdefault("output", f"runs/{file.stem}")
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        if not equals or not all(name.strip().split(".")):
+            raise ConfigError(f"cannot read the override {override!r}; write section.name=value")
+        _put(values, name.strip().split("."), yaml_value(value), override)
+    return make_recipe(values, str(file), lines)
+
+
+def make_recipe(values: Mapping[str, Any], name: str = "recipe", lines: Lines | None = None) -> Recipe:
+    """The recipe of nested `values`.
+
+    Raises:
+        ConfigError: everything that is wrong, with lines where known and the nearest right names.
+    """
+    faults: list[tuple[tuple[str | int, ...], str]] = []
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        faults += [(fault["loc"], _worded(fault)) for fault in error.errors()]
+    method = values.get("method", {})
+    if isinstance(method, dict) and isinstance(method.get("name", "lora_xs"), str):
+        options = {key: value for key, value in method.items() if key != "name"}
+        wrong = option_faults(method.get("name", "lora_xs"), options)
+        faults += [(("method", key), message) for key, message in wrong.items()]
+    if recipe is not None:
+        faults += _cross_faults(recipe)
+    if faults or recipe is None:
+        raise ConfigError("\n".join(_located(name, loc, message, lines or {}) for loc, message in faults))
+    return recipe
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe, for docs and editors."""
+    return Recipe.model_json_schema()
+
+
+def _put(values: dict[str, Any], keys: Sequence[str], value: Any, shown: str) -> None:
+    for key in keys[:-1]:
+        below = values.get(key)
+        values[key] = dict(below) if isinstance(below, dict) else {}
+        if below is not None and not isinstance(below, dict):
+            raise ConfigError(f"{shown!r} goes below {key!r}, which is no section")
+        values = values[key]
+    values[keys[-1]] = value
+
+
+def _worded(fault: Any) -> str:
+    path = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        known = _names_at(fault["loc"][:-1])
+        return f"no option {path!r}{did_you_mean(str(fault['loc'][-1]), known)}; known: {', '.join(known)}"
+    if fault["type"] == "missing":
+        return f"{path} is missing"
+    return f"{path} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+
+
+def _names_at(loc: tuple[str | int, ...]) -> list[str]:
+    section: Any = Recipe
+    for part in loc:
+        kind = section.model_fields[part].annotation
+        section = SweepOptions if part == "sweep" else kind
+    return list(section.model_fields)
+
+
+def _located(name: str, loc: tuple[str | int, ...], message: str, lines: Lines) -> str:
+    line = next((lines[loc[:end]] for end in range(len(loc), 0, -1) if loc[:end] in lines), None)
+    return f"{name}:{line}: {message}" if line else f"{name}: {message}"
+
+
+def _cross_faults(recipe: Recipe) -> list[tuple[tuple[str | int, ...], str]]:
+    train, data, task = recipe.train, recipe.data, recipe.model.task
+    faults: list[tuple[tuple[str | int, ...], str]] = []
+    if data.train is None:
+        faults.append((("data", "train"), "data.train is missing: name the training rows"))
+    if train.bf16 and train.fp16:
+        faults.append((("train", "fp16"), "train.bf16 and train.fp16 exclude each other"))
+    if data.packing and task != "causal_lm":
+        faults.append((("data", "packing"), f"data.packing is for causal_lm, the task is {task}"))
+    if recipe.model.num_labels is not None and task != "seq_cls":
+        faults.append((("model", "num_labels"), f"model.num_labels is for seq_cls, the task is {task}"))
+    if train.metric is not None and train.metric not in TASK_METRICS[task]:
+        known = TASK_METRICS[task]
+        hint = did_you_mean(train.metric, known)
+        faults.append(
+            (("train", "metric"), f"{task} has no metric {train.metric!r}{hint}; known: {', '.join(known)}")
+        )
+    if recipe.sweep is not None:
+        wrong = [rate for rate in recipe.sweep.learning_rate if rate <= 0]
+        twice = len(set(recipe.sweep.seeds)) < len(recipe.sweep.seeds)
+        if wrong:
+            faults.append((("sweep", "learning_rate"), f"sweep.learning_rate holds {wrong}, must be above 0"))
+        if twice:
+            faults.append(
+                (("sweep", "seeds"), "sweep.seeds holds a seed twice, which would count one run twice")
+            )
+    return faults
