@@ -7,7 +7,7 @@ import json
 import pytest
 
 from modicum.cli import main
-from modicum.cli.plan import size
+from modicum.cli._common import size
 
 
 def _run(capsys, *args):

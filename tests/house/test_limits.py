@@ -48,7 +48,9 @@ def test_no_function_is_too_long_without_a_reason():
         lines = text.splitlines()
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                # what explains a function does not make it long
+                first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node
+                length = (node.end_lineno or node.lineno) - first.lineno + 1
                 if length > 60 and "# long:" not in lines[node.lineno - 1]:
                     faults.append(f"{file.relative_to(ROOT)}:{node.lineno} {node.name}: {length} lines")
     assert not faults, "over 60 lines and no `# long: reason` beside the name\n" + "\n".join(faults)

@@ -72,6 +72,15 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     return result
 
 
+def size(count: float) -> str:
+    """A number of bytes in the largest unit that leaves at least one, with three digits: `144 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.3g} {unit}"
+
+
 @contextlib.contextmanager
 def progress(what: str, total: int | None = None, every: float = 10.0) -> Iterator[Advance]:
     """A function `advance(steps=1, note="")`: a bar on a terminal, else now and then a line on stderr."""

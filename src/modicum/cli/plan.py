@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from modicum.cli._common import JsonFlag, emit, parse_overrides, table
+from modicum.cli._common import JsonFlag, emit, parse_overrides, size, table
 
 if TYPE_CHECKING:
     from modicum.models.plan import Plan, PlanRow
@@ -61,36 +61,10 @@ def run(
     emit(plan, as_json, _show)
 
 
-def size(count: float) -> str:
-    """A number of bytes in the largest unit that leaves at least one, with three digits: `144 MiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1024 or unit == "TiB":
-            break
-        count /= 1024
-    return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.3g} {unit}"
-
-
 def _show(plan: "Plan") -> list[object]:
-    title = (
-        f"{plan.model}: {plan.parameters:,} parameters, {plan.adapted_layers} layers adapted, {plan.dtype}"
-    )
-    parts: list[object] = [
-        table(
-            title,
-            [
-                "method",
-                "rank",
-                "trained",
-                "head",
-                "numbers",
-                "× smaller than LoRA",
-                "container ≤",
-                "one user",
-                "AdamW",
-            ],
-            [_cells(row) for row in plan.rows],
-        )
-    ]
+    title = f"{plan.model}: {plan.parameters:,} parameters, {plan.adapted_layers} layers, {plan.dtype}"
+    names = "method|rank|trained|head|numbers|× smaller than LoRA|container ≤|one user|AdamW"
+    parts: list[object] = [table(title, names.split("|"), [_cells(row) for row in plan.rows])]
     if plan.users > 1:
         columns = ["method", "rank", "adapters", "heads", "shared basis, once", "in all"]
         rows = [
