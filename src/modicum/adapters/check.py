@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING
 
 import torch
 
 from modicum.adapters import basis as bases
-from modicum.errors import BaseMismatchError, CorruptAdapterError, TargetError, did_you_mean, listing
+from modicum.errors import (
+    BaseMismatchError,
+    BasisMismatchError,
+    CorruptAdapterError,
+    TargetError,
+    did_you_mean,
+    listing,
+)
 from modicum.quant.base import format_of
 
 if TYPE_CHECKING:
@@ -18,12 +24,6 @@ if TYPE_CHECKING:
 
     from modicum.adapters.config import AdapterConfig
     from modicum.adapters.site import Site
-
-
-def base_fingerprint(digests: Mapping[str, str]) -> str:
-    """Fingerprint of the adapted base weights from their digests by layer name: 32 hex digits."""
-    text = "\n".join(f"{name} {digests[name]}" for name in sorted(digests))
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def check_targets(named: Mapping[str, nn.Module], config: AdapterConfig, known: Sequence[str]) -> None:
@@ -58,7 +58,7 @@ def check_targets(named: Mapping[str, nn.Module], config: AdapterConfig, known: 
 
 def check_base(config: AdapterConfig, sites: Mapping[str, Site]) -> str:
     """The base fingerprint of `sites`; refuses an adapter that was trained on another one."""
-    found = base_fingerprint({name: site.digest() for name, site in sites.items()})
+    found = bases.base_fingerprint({name: site.digest() for name, site in sites.items()})
     if config.base_fingerprint not in (None, found):
         dtypes = sorted({str(site.dtype).removeprefix("torch.") for site in sites.values()})
         raise BaseMismatchError(
@@ -72,19 +72,38 @@ def check_base(config: AdapterConfig, sites: Mapping[str, Site]) -> str:
 
 
 def check_basis(config: AdapterConfig, sites: Mapping[str, Site]) -> str | None:
-    """The fingerprint of the bases of `sites`, None for methods without; refuses one that differs."""
-    spec = config.basis_spec()
+    """The fingerprint of the bases of `sites`, None for methods without; refuses one that differs.
+
+    A basis that was added to the cache takes the place of the computed one if it is the one the adapter names.
+    """
+    spec, wanted = config.basis_spec(), config.basis_fingerprint
     if spec is None:
         return None
-    items = []
+    ranks = {name: config.rank_for(name) for name in sites}
+    if spec.kind == "stored":
+        if not _give_added(wanted or "", sites, ranks):
+            raise BasisMismatchError(
+                f"no added basis is {wanted!r} on these layers and ranks; add its file with `modicum basis add FILE`, "
+                "and name the fingerprint it has at the rank of the adapter"
+            )
+        return wanted
+    items = [(name, site.basis(config).ut[: ranks[name]].T) for name, site in sites.items()]
+    found = bases.fingerprint_of(items, spec)
+    if wanted is None:
+        return found
+    columns = sum(ranks.values())
+    if bases.compare(wanted, found, columns) > bases.TOLERANCE and not _give_added(wanted, sites, ranks):
+        bases.ensure_same(wanted, found, columns)
+    return wanted
+
+
+def _give_added(fingerprint: str, sites: Mapping[str, Site], ranks: Mapping[str, int]) -> bool:
+    basis = bases.BasisCache().get(fingerprint, ranks)
+    if basis is None:
+        return False
     for name, site in sites.items():
-        rank = config.rank_for(name)
-        items.append((name, site.basis(spec, rank).ut[:rank].T))
-    found = bases.fingerprint_of(items, spec, config.r)
-    if config.basis_fingerprint is not None:
-        bases.ensure_same(config.basis_fingerprint, found, sum(u.shape[1] for _, u in items))
-        return config.basis_fingerprint
-    return found
+        site.give(fingerprint, basis[name])
+    return True
 
 
 def check_state(expected: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> None:

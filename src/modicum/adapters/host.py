@@ -100,6 +100,12 @@ class HostModel(BaseTuner):
         layer.update_layer(adapter_name, peft_config)
         self._replace_module(parent, target_name, layer, target)
 
+    def fill_bases(self) -> None:
+        """Compute the bases of layers that were on the meta device when they were adapted."""
+        for module in self.model.modules():
+            if isinstance(module, AdapterLinear):
+                module.site.fill()
+
     _sites: dict[str, Site]
     _routing: Routing
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, cast
 
+import torch
 from torch import Tensor, nn
 
-from modicum.adapters.basis import layer_factors
+from modicum.adapters.basis import LayerFactors, canonical_size, layer_factors
 from modicum.errors import TargetError
 from modicum.ops.digest import weight_digest
 from modicum.quant.base import BaseFormat, format_of
 
 if TYPE_CHECKING:
-    import torch
-
-    from modicum.adapters.basis import BasisSpec, LayerFactors
+    from modicum.adapters.basis import BasisSpec
+    from modicum.adapters.config import AdapterConfig
 
 
 class LayerBasis(nn.Module):
@@ -73,6 +74,8 @@ class Site:
         self.out_features, self.in_features = fmt.shape(module)
         self.original: Tensor | None = None
         self.bases: nn.ModuleDict = nn.ModuleDict()
+        self._specs: dict[str, BasisSpec] = {}
+        self._given: dict[str | None, tuple[str, LayerFactors]] = {}
         self._digest: str | None = None
 
     @property
@@ -105,15 +108,46 @@ class Site:
             self._digest = weight_digest(self.weight())
         return self._digest
 
-    def basis(self, spec: BasisSpec, rank: int) -> LayerBasis:
-        """The shared basis of this layer that serves at least `rank`; grown in place when it was smaller."""
-        key = spec.token()
+    def basis(self, config: AdapterConfig) -> LayerBasis:
+        """The shared basis that an adapter of `config` uses here; grown in place when it was too small."""
+        spec, rank = config.basis_spec(), config.rank_for(self.name)
+        assert spec is not None
+        if config.basis_fingerprint in self._given:
+            key, factors = self._given[config.basis_fingerprint]
+            if key not in self.bases:
+                self.bases[key] = LayerBasis(factors, self)
+            return cast("LayerBasis", self.bases[key])
+        # random_kaiming scales with the rank, so its ranks are no prefixes of each other
+        size = (
+            rank
+            if spec.kind == "random_kaiming"
+            else canonical_size(rank, self.out_features, self.in_features)
+        )
+        key = f"{spec.token()}-{size}"
         if key not in self.bases:
+            self._specs[key] = spec
             self.bases[key] = LayerBasis(self._factors(spec, rank), self)
         basis = cast("LayerBasis", self.bases[key])
         if basis.rank < rank:
             basis.set(self._factors(spec, rank), self)
         return basis
 
+    def give(self, fingerprint: str, factors: LayerFactors) -> None:
+        """Use `factors` for adapters whose config names `fingerprint`, instead of computing them."""
+        key = f"given-{hashlib.sha256(fingerprint.encode()).hexdigest()[:16]}"
+        self._given[fingerprint] = (key, factors)
+
+    def fill(self) -> None:
+        """Make the bases anew: for a layer that held no numbers (meta device) when it was adapted."""
+        self._digest = None
+        for key, spec in self._specs.items():
+            basis = cast("LayerBasis", self.bases[key])
+            basis.set(self._factors(spec, basis.rank), self)
+
     def _factors(self, spec: BasisSpec, rank: int) -> LayerFactors:
-        return layer_factors(self.weight(), rank, spec, name=self.name)
+        if not self.is_meta:
+            return layer_factors(self.weight(), rank, spec, name=self.name, digest=self.digest())
+        with torch.device("meta"):
+            a = None if spec.kind == "svd" else torch.empty(rank, self.in_features)
+            sigma = torch.empty(rank) if spec.kind == "svd" else None
+            return LayerFactors(torch.empty(self.out_features, rank), sigma, a)

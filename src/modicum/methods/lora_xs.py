@@ -64,7 +64,7 @@ class LoraXSConfig(AdapterConfig):
 
     def basis_spec(self) -> BasisSpec:
         """What the basis of every adapted layer is made of."""
-        return BasisSpec(self.basis, self.directions, self.svd_mode, self.basis_seed, self._stored())
+        return BasisSpec(self.basis, self.directions, self.svd_mode, self.basis_seed)
 
     def faults(self) -> list[str]:
         """Options that contradict each other."""
@@ -76,9 +76,6 @@ class LoraXSConfig(AdapterConfig):
         if self.basis == "stored" and not self.basis_fingerprint:
             faults.append("basis='stored' needs basis_fingerprint, the one `modicum basis show FILE` prints")
         return faults
-
-    def _stored(self) -> str | None:
-        return self.basis_fingerprint if self.basis == "stored" else None
 
 
 @final
@@ -94,7 +91,7 @@ class LoraXS(Adapter):
         self.diagonal = config.core == "diagonal"
         self.use_sigma = config.use_sigma
         # the basis belongs to the layer: no copy per adapter, no cast, not in the state dict
-        object.__setattr__(self, "basis", site.basis(config.basis_spec(), self.rank))
+        object.__setattr__(self, "basis", site.basis(config))
         # dropout acts on the layer's input, as in LoRA; a narrow input is cheaper to read than a wide output
         self.reads_input = (
             config.dropout > 0 or self.basis.explicit_input or site.in_features < site.out_features
@@ -177,6 +174,10 @@ class LoraXS(Adapter):
         return sigma.clamp_min(sigma.new_tensor(torch.finfo(torch.float32).tiny).sqrt())
 
     def _initial_core(self, config: LoraXSConfig) -> Tensor:
+        if self.basis.initial_core is not None and config.init_weights:
+            core = self.basis.initial_core[: self.rank].float() / self.scaling
+            core = core if core.ndim == 1 else core[:, : self.rank]
+            return core.diag() if core.ndim != (1 if self.diagonal else 2) else core.clone()
         shape = (self.rank,) if self.diagonal else (self.rank, self.rank)
         seed = hashlib.blake2b(f"{config.seed} {self.site.name}".encode(), digest_size=7).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(seed, "little"))
