@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modicum.adapters.basis import BasisSpec
+from modicum.adapters.basis import BasisSpec, Kind
 from modicum.adapters.config import AdapterConfig, option
 from modicum.adapters.contract import Adapter
+from modicum.ops.lowrank import Directions, Mode  # noqa: TC001 - dataclass fields are read at run time
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,16 +41,16 @@ INITIAL_STD = 1e-5
 class LoraXSConfig(AdapterConfig):
     """Configuration of LoRA-XS; the defaults are the paper's method, the rest are its ablations."""
 
-    basis: str = option(
+    basis: Kind = option(
         "svd",
         "Frozen directions: 'svd' of each weight, 'random' (orthonormal), 'random_kaiming', or 'stored' (a basis "
         "made beforehand, e.g. from gradients as in LoRA-SB, named by basis_fingerprint).",
         choices=("svd", "random", "random_kaiming", "stored"),
     )
-    directions: str = option(
+    directions: Directions = option(
         "top", "Which singular directions: 'top', 'middle' or 'bottom'.", choices=("top", "middle", "bottom")
     )
-    svd_mode: str = option(
+    svd_mode: Mode = option(
         "fast",
         "'fast' (randomized block Krylov, fixed start) or 'exact' decomposition.",
         choices=("fast", "exact"),
