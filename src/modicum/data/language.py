@@ -54,8 +54,8 @@ def resolve_format(rows: Rows, options: DataOptions) -> Format:
     wanted = (options.messages_column, options.prompt_column, options.completion_column, options.text_column)
     near = next((hint for name in wanted if (hint := did_you_mean(name, present))), "")
     raise DataError(
-        f"{rows.source} has the columns {', '.join(present)}{near}; needed for causal_lm: {options.messages_column!r}, or "
-        f"{options.prompt_column!r} and {options.completion_column!r}, or {options.text_column!r}. Name others with "
+        f"{rows.source} has the columns {', '.join(present)}{near}; needed for causal_lm: {options.messages_column!r}, "
+        f"or {options.prompt_column!r} and {options.completion_column!r}, or {options.text_column!r}. Name others with "
         "data.prompt_column and data.completion_column, or write data.prompt_template, e.g. 'Q: {question}'"
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -175,11 +176,16 @@ class quiet_transformers:  # noqa: N801, used like a function
 
         self._level, self._bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
         logging.set_verbosity_error()
+        # PEFT still reads names that Transformers renames
+        self._warnings = warnings.catch_warnings()
+        self._warnings.__enter__()
+        warnings.simplefilter("ignore", FutureWarning)
         logging.disable_progress_bar()
 
     def __exit__(self, *_: object) -> None:
         from transformers.utils import logging
 
+        self._warnings.__exit__(*_)
         logging.set_verbosity(self._level)
         if self._bar:
             logging.enable_progress_bar()

@@ -114,7 +114,7 @@ def run_one(
     seconds = time.perf_counter() - began
     metrics = {
         "before": before,
-        "validation": measure(trainer, loaded.data.validation),
+        "validation": _validation(trainer, loaded.data.validation),
         "test": measure(trainer, loaded.data.test) if use_test else None,
     }
     report = _report(recipe, loaded, trainer, meter, metrics)
@@ -175,10 +175,24 @@ def measure(trainer: TwoRateTrainer, rows: Any) -> dict[str, float] | None:
         return None
     # `predict`, unlike `evaluate`, tells no callback, so early stopping does not count it
     found = trainer.predict(rows, metric_key_prefix="eval").metrics or {}
-    metrics = {key.removeprefix("eval_"): value for key, value in found.items()}
-    # the Trainer's timings carry three digits; timing is the meter's job
+    return _plain(found) | {"n": len(rows)}
+
+
+def _validation(trainer: TwoRateTrainer, rows: Any) -> dict[str, float] | None:
+    """The validation metrics of the trainer's model, from its history where they were measured already."""
+    state = trainer.state
+    kept = state.best_global_step if trainer.args.load_best_model_at_end else state.global_step
+    for entry in state.log_history:
+        if rows is not None and entry.get("step") == kept and "eval_loss" in entry:
+            return _plain(entry) | {"n": len(rows)}
+    return measure(trainer, rows)
+
+
+def _plain(metrics: dict[str, Any]) -> dict[str, float]:
+    """Evaluation metrics without prefix; the Trainer's own timings go, timing is the meter's job."""
     extra = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-    return {key: value for key, value in metrics.items() if key not in extra} | {"n": len(rows)}
+    named = {key.removeprefix("eval_"): value for key, value in metrics.items() if key.startswith("eval_")}
+    return {key: value for key, value in named.items() if key not in extra}
 
 
 def claim(

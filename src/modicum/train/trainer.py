@@ -36,7 +36,8 @@ class TwoRateTrainer(Trainer):
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if fresh and self.head_rate is not None:
-            head = {id(p) for _, p in head_parameters(self.model if model is None else model)}
+            trained: Any = self.model if model is None else model
+            head = {id(p) for _, p in head_parameters(trained)}
             split_rates(optimizer, head, self.head_rate)
         return optimizer
 
@@ -192,10 +193,10 @@ def _tracker(recipe: Recipe, arguments: TrainingArguments, folder: Path) -> Any:
         raise MissingExtraError(f"train.report_to = {wanted} needs a package that is not installed: {hint}")
     if wanted == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
-        from transformers.integrations import TensorBoardCallback
+        from transformers.integrations.integration_utils import TensorBoardCallback
 
         return TensorBoardCallback(SummaryWriter(str(folder / "logs")))
-    from transformers.integrations import get_reporting_integration_callbacks
+    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
     arguments.run_name = str(folder)
     return get_reporting_integration_callbacks([wanted])[0]()
