@@ -1,0 +1,57 @@
+"""Greedy completions of many prompts: batched, padded on the left, longest prompts first."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from modicum.data.encoded import Collator
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+@torch.no_grad()
+def complete(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    advance: Callable[[int], None] | None = None,
+) -> list[str]:
+    """The greedy completion of each prompt (token ids) as text, without special tokens and outer spaces.
+
+    Prompts of similar length share a batch, the longest first, so that memory runs out at once or never.
+    `advance(rows)` is called after every batch.
+    """
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    pad = Collator(tokenizer.pad_token_id, left=True)
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    texts = [""] * len(prompts)
+    was_training = model.training
+    model.eval()
+    for at in range(0, len(order), batch_size):
+        chosen = order[at : at + batch_size]
+        batch = pad([{"input_ids": prompts[index]} for index in chosen])
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        width = batch["input_ids"].shape[1]
+        output = model.generate(**batch, generation_config=config)
+        decoded = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+        for index, text in zip(chosen, decoded, strict=True):
+            texts[index] = text.strip()
+        if advance is not None:
+            advance(len(chosen))
+    model.train(was_training)
+    return texts
