@@ -37,6 +37,8 @@ _CONVERGED = 1e-3
 _NEGLIGIBLE = 5e-6
 #: below this smaller dimension the whole Gram matrix is cheaper than iterating to convergence
 _SMALL = 1024
+#: residual of W Wᵀ, relative to its norm, at which `exact` stops
+_RESIDUAL = 1e-6
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class LeftFactors:
     u: Tensor
     #: (rank,) float32, descending
     s: Tensor
-    #: ‖uᵀW‖² / ‖W‖² (Frobenius), 1 for a zero matrix
+    #: ‖uᵀW‖² / ‖W‖² (Frobenius), 1 for a zero matrix; in `fast` mode a lower bound, Σ s² / ‖W‖², which
+    #: is below it by the part of the last half step (under 1 % where the spectrum is flat)
     captured: float
     #: whether every direction is accurate, not only the captured energy
     converged: bool
@@ -71,16 +74,16 @@ def left_singular_vectors(
     _check(weight, rank, mode, directions)
     w, factor, total = _prepared(weight)
     small = min(w.shape)
-    block, depth = schedule(w.shape[0], w.shape[1], rank)
+    block, depth = schedule(rank)
     if total == 0.0:
         u, s, converged, steps = w.new_zeros(w.shape[0], rank), w.new_zeros(rank), True, 0
     elif directions != "top" or small <= 2 * block * (depth + 1) or (mode == "exact" and small <= _SMALL):
         u, s = _gram(w, rank, directions)
         converged, steps = True, 0
     elif mode == "fast":
-        u, s, converged, steps = _Krylov(w, block).fixed(rank, depth)
+        u, s, converged, steps = _Krylov(w, block, (depth + 1) * block).fixed(rank, depth)
     else:
-        u, s, converged, steps = _Krylov(w, max(32, block)).until_converged(rank)
+        u, s, converged, steps = _Krylov(w, max(32, block), small // 2).until_converged(rank)
         if not converged:
             u, s = _gram(w, rank, directions)
             converged = True
@@ -90,12 +93,11 @@ def left_singular_vectors(
     return LeftFactors(u, scaled, min(captured, 1.0), converged, steps)
 
 
-def schedule(out_features: int, in_features: int, rank: int) -> tuple[int, int]:
-    """(block size, depth) of the `fast` procedure for a shape and rank: a part of the basis format."""
-    small = min(out_features, in_features)
+def schedule(rank: int) -> tuple[int, int]:
+    """(block size, depth) of the `fast` procedure for a rank: a part of the basis format."""
     block = 16 if rank <= 32 else 32 * math.ceil(rank / 64)
-    # a flat spectrum needs a depth that grows slowly with the size and with the rank per block
-    depth = 6 + 2 * (rank > block) + (small > 2048)
+    # the least depths whose energy on a flat spectrum reaches that of ten subspace iterations
+    depth = 6 if rank <= block else 9 + (block == 16)
     return block, depth
 
 
@@ -158,7 +160,8 @@ def _prepared(weight: Tensor) -> tuple[Tensor, float, float]:
         # squares of very small or large weights would leave float32's range
         factor = 2.0 ** math.floor(math.log2(peak))
         w = (weight.detach().to("cpu", torch.float64) / factor).to(torch.float32)
-    total = float(torch.linalg.vector_norm(w)) ** 2 if peak else 0.0
+    # row by row: one float32 sum over millions of squares loses four digits
+    total = float(torch.linalg.vector_norm(w, dim=1).double().square().sum())
     return w.contiguous(), factor, total * factor**2
 
 
@@ -170,107 +173,115 @@ def _start(rows: int, columns: int) -> Tensor:
 
 
 class _Krylov:
-    """Block Krylov space of W Wᵀ started from W·(±1), with its image under Wᵀ."""
+    """Block Krylov space V of WᵀW started from ±1, with its image W V; the image holds the left directions.
 
-    def __init__(self, w: Tensor, block: int) -> None:
+    Directions are rows here: skinny products run up to twice as fast in this layout.
+    """
+
+    def __init__(self, w: Tensor, block: int, limit: int) -> None:
         self.w, self.block = w, block
-        self.q = w.new_empty(w.shape[0], 0)
-        self.z: list[Tensor] = []
+        self.v = w.new_empty(limit, w.shape[1])
+        self.y = w.new_empty(limit, w.shape[0])
         self.filled = 0
+        # both products of a step on one panel of rows while it is in the processor's cache
+        rows = max(16, (1 << 19) // w.shape[1] // 16 * 16)
+        self.panels = list(zip(range(0, w.shape[0], rows), w.split(rows), strict=True))
 
     def fixed(self, rank: int, depth: int) -> tuple[Tensor, Tensor, bool, int]:
         """(u, s, converged, steps) after exactly `depth` steps, fewer only when the space is exhausted."""
-        block = self.block
-        self.q = self.w.new_empty(self.w.shape[0], (depth + 1) * block)
-        x: Tensor | None = self.w @ _start(self.w.shape[1], block)
+        x = self._orthonormal(_start(self.w.shape[1], self.block).T)
         steps = 0
-        for step in range(depth + 1):
-            x = self._orthonormal(x)
-            if x is None:
-                break
-            steps = step
-            image = self._append(x)
-            x = self.w @ image if step < depth else None
-        z = torch.cat(self.z, dim=1)
-        _, vectors = torch.linalg.eigh((z.T @ z).double())
+        while x is not None and steps < depth:
+            x = self._orthonormal(self._step(x))
+            steps += x is not None
+        if x is not None:
+            torch.mm(x, self.w.T, out=self.y[self.filled : self.filled + len(x)])
+            self.filled += len(x)
+        y = self.y[: self.filled]
+        _, vectors = torch.linalg.eigh((y @ y.T).double())
         vectors = vectors.flip(1)[:, :rank]
-        u = self.q[:, : self.filled] @ vectors.to(torch.float32)
-        # roots of the small eigenvalues are noise of 1e-4 of the largest; the images' norms are not
-        s = torch.linalg.vector_norm(z @ vectors.to(torch.float32), dim=0)
-        tail = float(vectors[-block:].square().sum(0).sqrt().max())
-        return _padded(u, rank), _pad_values(s, rank), tail < _CONVERGED or steps < depth, steps
+        u = y.T @ vectors.to(torch.float32)
+        # roots of the small eigenvalues are noise of 1e-4 of the largest; the norms are not
+        s = torch.linalg.vector_norm(u, dim=0)
+        tail = float(torch.linalg.vector_norm(vectors[-self.block :], dim=0).max())
+        return _padded(u, rank), _pad_values(s, rank), tail < _CONVERGED or x is None, steps
 
     def until_converged(self, rank: int) -> tuple[Tensor, Tensor, bool, int]:
         """(u, s, converged, steps) iterated until the residuals of all `rank` directions reach rounding."""
-        limit = min(self.w.shape) // 2
-        self.q = self.w.new_empty(self.w.shape[0], limit + self.block)
-        x: Tensor | None = self.w @ _start(self.w.shape[1], self.block)
-        steps = -1
-        while x is not None and self.filled + self.block <= limit:
-            x = self._orthonormal(x)
-            if x is None:
-                break
-            x = self.w @ self._append(x)
+        x = self._orthonormal(_start(self.w.shape[1], self.block).T)
+        steps, check = -1, 4 * rank
+        while x is not None and self.filled + self.block <= len(self.v):
+            image = self._step(x)
             steps += 1
-            if self.filled >= 3 * rank and steps % 4 == 3 and self._residual(x, rank):
-                u, s = self._refined(rank)
-                return u, s, True, steps
-        if x is None and self.filled:
-            u, s = self._refined(rank)
-            return u, s, True, max(steps, 0)
-        return self.q[:, :rank], self.w.new_zeros(rank), False, steps
+            if self.filled >= check:
+                if self._small_residual(image, rank):
+                    return *self._refined(rank), True, steps
+                check = self.filled + max(rank, self.filled // 4)
+            x = self._orthonormal(image)
+        if x is None:
+            return *self._refined(rank), True, max(steps, 0)
+        return self.y[:rank].T, self.w.new_zeros(rank), False, steps
 
-    def _append(self, x: Tensor) -> Tensor:
-        image = self.w.T @ x
-        self.q[:, self.filled : self.filled + x.shape[1]] = x
-        self.filled += x.shape[1]
-        self.z.append(image)
+    def _step(self, x: Tensor) -> Tensor:
+        """WᵀW applied to the rows of `x`, which join the space."""
+        end = self.filled + len(x)
+        self.v[self.filled : end] = x
+        image = x.new_zeros(x.shape)
+        for first, panel in self.panels:
+            part = x @ panel.T
+            self.y[self.filled : end, first : first + len(panel)] = part
+            image.addmm_(part, panel)
+        self.filled = end
         return image
 
-    def _orthonormal(self, x: Tensor | None) -> Tensor | None:
+    def _orthonormal(self, x: Tensor) -> Tensor | None:
         """An orthonormal block orthogonal to the space so far, None when nothing is left."""
-        if x is None or not float(x.abs().max()) > torch.finfo(torch.float32).tiny:
-            return None
-        done = self.q[:, : self.filled]
+        block: Tensor | None = x
+        done = self.v[: self.filled]
         for _ in range(2):  # twice is enough (Kahan, Parlett)
-            if self.filled:
-                x = x - done @ (done.T @ x)
-            x = _block_qr(x)
-            if x is None:
+            if block is None or not float(block.abs().max()) > torch.finfo(torch.float32).tiny:
                 return None
-        return x
+            if self.filled:
+                block = torch.addmm(block, block @ done.T, done, alpha=-1)
+            block = _orthonormal_rows(block)
+        return block
 
-    def _residual(self, x: Tensor, rank: int) -> bool:
-        done = self.q[:, : self.filled]
-        z = torch.cat(self.z, dim=1)
-        values, vectors = torch.linalg.eigh((z.T @ z).double())
-        rest = (x - done @ (done.T @ x)).double()
+    def _small_residual(self, x: Tensor, rank: int) -> bool:
+        """Whether WᵀW v − s² v is rounding noise for all wanted directions; `x` is WᵀW of the last block."""
+        done, y = self.v[: self.filled], self.y[: self.filled]
+        values, vectors = torch.linalg.eigh((y @ y.T).double())
+        rest = torch.addmm(x, x @ done.T, done, alpha=-1).double()
         wanted = vectors.flip(1)[-self.block :, :rank]
-        return float((rest @ wanted).square().sum(0).sqrt().max()) < 1e-6 * float(values[-1])
+        return float(torch.linalg.vector_norm(wanted.T @ rest, dim=1).max()) < _RESIDUAL * float(values[-1])
 
     def _refined(self, rank: int) -> tuple[Tensor, Tensor]:
-        """(u, s) from the projected problem in float64."""
-        q = torch.linalg.qr(self.q[:, : self.filled].double())[0]
-        gram = q.new_zeros(self.filled, self.filled)
+        """(u, s) from the problem projected on the leading float32 directions, in float64."""
+        y = self.y[: self.filled]
+        _, vectors = torch.linalg.eigh((y @ y.T).double())
+        # float32 mixes directions with close singular values; twice as many as wanted hold what was mixed in
+        leading = vectors.flip(1)[:, : 2 * rank + 32]
+        q = torch.linalg.qr(y.T.double() @ leading)[0]
+        gram = q.new_zeros(q.shape[1], q.shape[1])
         for part in self.w.split(1024, dim=1):  # no float64 copy of the whole weight
-            image = part.double().T @ q
-            gram.addmm_(image.T, image)
+            image = q.T @ part.double()
+            gram.addmm_(image, image.T)
         values, vectors = torch.linalg.eigh(gram)
         u = q @ vectors.flip(1)[:, :rank]
         return _padded(u, rank), _root(values.flip(0)[:rank], rank)
 
 
-def _block_qr(x: Tensor) -> Tensor | None:
-    """`x` (n, b) with its columns orthonormalised in float64, back in float32; None when it vanishes."""
-    norms = torch.linalg.vector_norm(x, dim=0, keepdim=True)
-    if not float(norms.max()) > 0.0:
+def _orthonormal_rows(x: Tensor) -> Tensor | None:
+    """`x` (b, n) with its rows orthonormalised in float64, back in float32; None when it vanishes."""
+    norm = float(torch.linalg.vector_norm(x))
+    if not norm > 0.0:
         return None
-    y = (x / norms.max()).double()
-    lower, failed = torch.linalg.cholesky_ex(y.T @ y)
+    y = (x / norm).double()
+    lower, failed = torch.linalg.cholesky_ex(y @ y.T)
     diagonal = lower.diagonal()
     if int(failed) or float(diagonal.min()) < 1e-6 * float(diagonal.max()):
-        return torch.linalg.qr(y)[0].to(torch.float32)
-    return torch.linalg.solve_triangular(lower, y.T, upper=False).T.to(torch.float32)
+        return torch.linalg.qr(y.T)[0].T.to(torch.float32)
+    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(y), dtype=torch.float64), upper=False)
+    return (inverse @ y).to(torch.float32)
 
 
 def _gram(w: Tensor, rank: int, directions: str) -> tuple[Tensor, Tensor]:
