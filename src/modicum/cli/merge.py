@@ -1,0 +1,74 @@
+"""Fold an adapter into its base model, after measuring what that costs."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from modicum.cli._common import JsonFlag, emit, table
+
+
+def run(
+    model: Annotated[str, typer.Option(help="The base model: a folder, a hub name, or 'embedded'.")],
+    adapter: Annotated[Path, typer.Option(help="A .modicum file or a PEFT folder.")],
+    output: Annotated[Path, typer.Option(help="The folder to write.")],
+    dtype: Annotated[
+        str, typer.Option(help="Type of the merged weights: auto (as stored), float32, bfloat16 or float16.")
+    ] = "auto",
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Measure on the lines of this text file instead of the bundled examples."),
+    ] = None,
+    allow_inexact: Annotated[
+        bool, typer.Option("--allow-inexact", help="Write even if the error exceeds the tolerance.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure only, write nothing.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write the base model with the adapter folded in as a normal model folder, tokenizer included.
+
+    First runs real text through the unmerged and the merged model and reports the difference. Refuses when it
+    exceeds what rounding to the output's type has to cost.
+    """
+    from modicum.store.convert import merge_to_folder
+
+    result = merge_to_folder(
+        model,
+        adapter,
+        output,
+        texts=_texts(text),
+        dtype=dtype,
+        allow_inexact=allow_inexact,
+        dry_run=dry_run,
+    )
+    emit(result, as_json, _show)
+
+
+def _texts(path: Path | None, count: int = 32) -> list[str]:
+    from modicum.data import bundled
+    from modicum.errors import DataError
+
+    lines = (path or bundled.path("notes", "test")).read_text(encoding="utf-8").splitlines()
+    lines = [line for line in lines if line.strip()][:count]
+    if not lines:
+        raise DataError(f"{path} holds no text to measure on")
+    return lines if path else ["".join(json.loads(line).values()) for line in lines]
+
+
+def _show(result: Any) -> Any:
+    report = result.report
+    verdict = "exact up to rounding" if result.exact else "INEXACT"
+    rows = [
+        ["verdict", f"{verdict} for {report.dtype}"],
+        ["tokens compared", f"{report.tokens:,}"],
+        ["error of the logits", f"{report.logit_error:.2e} (tolerance {report.tolerance:.0e})"],
+        ["largest difference", f"{report.max_difference:.3g}"],
+        ["same most likely token", f"{report.same_answer:.2%}"],
+        ["effect of the adapter", f"{report.effect:.2e}"],
+        ["lost by merging", f"{report.lost:.2%} of that"],
+        *([f"worst layer {n}", f"{w.name} {w.error:.1e}"] for n, w in enumerate(report.worst_layers[:3], 1)),
+        ["output", f"{result.output} (nothing written)" if result.dry_run else str(result.output)],
+        *([f"  {name}", f"{size:,} bytes"] for name, size in result.files.items()),
+    ]
+    return table("merge", ["", "what"], rows)

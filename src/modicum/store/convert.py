@@ -1,0 +1,237 @@
+"""From files to files: an adapter in another format, or merged into its base model.
+
+The base model is loaded for the adapter: as the task it was trained for, with as many labels as its head has.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from modicum.adapters.basis import BasisCache
+from modicum.adapters.merge_report import MergeReport, merge_error
+from modicum.errors import ConfigError, InexactMergeError, did_you_mean
+from modicum.models.loading import load_base, load_tokenizer
+from modicum.store.files import CONFIG_FILE, WEIGHT_FILES, install, read_adapter, save_adapter
+from modicum.store.lora_export import export_lora
+from modicum.store.published import apply_published, read_published
+from modicum.store.record import SUFFIX
+from modicum.store.state import AdapterState
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Sequence
+
+    from peft import PeftModel
+    from torch import Tensor
+
+FORMATS = ("lora", "modicum", "peft")
+#: what the last layer of a classification head is called
+_HEAD_ENDS = ("score.weight", "classifier.weight", "out_proj.weight", "classifier.dense.weight")
+_TASKS = {"CAUSAL_LM": "causal_lm", "SEQ_CLS": "seq_cls"}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote, or would have."""
+
+    format: str
+    output: Path
+    values: int
+    bytes: int
+    dry_run: bool
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import wrote, or would have."""
+
+    written: Exported
+    layers: int
+    #: the ranks in use, smallest first
+    ranks: tuple[int, ...]
+    basis_fingerprint: str
+    basis_file: Path | None
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge wrote, or would have, and how far it is from the unmerged model."""
+
+    output: Path
+    dtype: str
+    #: files written, with their bytes
+    files: dict[str, int]
+    report: MergeReport
+    exact: bool
+    dry_run: bool
+
+
+def load_for(
+    model: str, adapter: str | os.PathLike, *, upcast: bool = False
+) -> tuple[PeftModel, torch.dtype]:
+    """The base model `model` carrying `adapter`, and the dtype its checkpoint is stored in.
+
+    `upcast` loads the weights exactly as stored, then computes in float32.
+
+    Raises:
+        ConfigError: no model, no adapter, or an adapter for a task that has no loader.
+        CorruptAdapterError, BaseMismatchError, BasisMismatchError: the adapter does not fit.
+    """
+    config, state = read_adapter(adapter)
+    base = _base_for(model, config.task_type, state)
+    stored = base.dtype
+    config.inference_mode = True
+    return install(base.float() if upcast else base, config, state), stored
+
+
+def export_adapter(
+    model: PeftModel,
+    output: str | os.PathLike,
+    fmt: str,
+    *,
+    dtype: str = "bfloat16",
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> Exported:
+    """What was written: the adapter of `model` as `lora`, `modicum` or `peft`; a dry run writes elsewhere.
+
+    Raises:
+        ConfigError: unknown format, the output exists, or the method has no LoRA form.
+    """
+    target = Path(output)
+    if fmt not in FORMATS:
+        raise ConfigError(f"no format {fmt!r}{did_you_mean(fmt, FORMATS)}; known: {', '.join(FORMATS)}")
+    if fmt == "modicum" and not target.suffix:
+        target = target.with_suffix(SUFFIX)
+    taken = target if fmt == "modicum" else target / CONFIG_FILE
+    if taken.exists() and not overwrite:
+        raise ConfigError(f"{target} exists already; choose another output or pass --overwrite")
+    if dry_run:
+        # the real thing in a place that vanishes: every fault shows, the bytes are exact
+        with tempfile.TemporaryDirectory() as folder:
+            values, size = _write(model, Path(folder) / target.name, fmt, dtype, overwrite=True)
+    else:
+        values, size = _write(model, target, fmt, dtype, overwrite=overwrite)
+    return Exported(fmt, target, values, size, dry_run)
+
+
+def import_adapter(
+    checkpoint: str | os.PathLike,
+    model: str,
+    output: str | os.PathLike,
+    fmt: str = "modicum",
+    *,
+    dtype: str = "float32",
+    basis_file: str | os.PathLike | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> Imported:
+    """What was written: a published LoRA-XS checkpoint as one of our adapters, and its basis.
+
+    Raises:
+        ConfigError, CorruptAdapterError: see `import_published` and `export_adapter`.
+    """
+    found = read_published(checkpoint)
+    basis, cache = found.basis(), BasisCache()
+    known = cache.get(basis.fingerprint()) is not None
+    try:
+        adapted = apply_published(found, _base_for(model, found.config.get("task_type"), found.full))
+        written = export_adapter(adapted, output, fmt, dtype=dtype, overwrite=overwrite, dry_run=dry_run)
+    finally:
+        if dry_run and not known:
+            cache.add(basis).unlink()
+    if basis_file is not None and not dry_run:
+        basis.save(Path(basis_file))
+    return Imported(
+        written=written,
+        layers=len(found.cores),
+        ranks=tuple(sorted({core.shape[0] for core in found.cores.values()})),
+        basis_fingerprint=basis.fingerprint(),
+        basis_file=None if basis_file is None else Path(basis_file),
+    )
+
+
+def merge_to_folder(
+    model: str,
+    adapter: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    texts: Sequence[str],
+    dtype: str = "auto",
+    allow_inexact: bool = False,
+    dry_run: bool = False,
+) -> Merged:
+    """What was written: base model and adapter as one folder for `from_pretrained`, tokenizer included.
+
+    Everything is computed in float32 and rounded once, to `dtype` (`auto`: as the checkpoint is stored).
+    The error is measured on the tokens of `texts` before anything is written.
+
+    Raises:
+        InexactMergeError: the merged model is further off than rounding has to cost; nothing was written.
+        ConfigError: the output exists, unknown dtype, or the model cannot be loaded.
+    """
+    target = Path(output)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target} exists already; choose another output, or empty it")
+    known = ("auto", "float32", "bfloat16", "float16")
+    if dtype not in known:
+        raise ConfigError(f"no dtype {dtype!r}{did_you_mean(dtype, known)}; known: {', '.join(known)}")
+    tokenizer = load_tokenizer(model)
+    adapted, stored = load_for(model, adapter, upcast=True)
+    wanted = stored if dtype == "auto" else getattr(torch, dtype)
+    report = merge_error(adapted, _tokens(tokenizer, texts), wanted)
+    if not report.exact and not allow_inexact and not dry_run:
+        raise InexactMergeError(
+            f"merging into {report.dtype} changes the logits by {report.logit_error:.2%} (tolerance "
+            f"{report.tolerance:.2%}) and loses {report.lost:.0%} of the adapter's effect, most in "
+            f"{report.worst_layers[0].name}; merge with --dtype float32, keep the adapter separate, or pass "
+            "--allow-inexact. Nothing was written"
+        )
+    files: dict[str, int] = {}
+    if not dry_run:
+        merged: Any = adapted.merge_and_unload()
+        merged.to(wanted).save_pretrained(target)
+        tokenizer.save_pretrained(target)
+        files = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
+    return Merged(target, report.dtype, files, report, report.exact, dry_run)
+
+
+def _write(model: PeftModel, target: Path, fmt: str, dtype: str, *, overwrite: bool) -> tuple[int, int]:
+    if fmt == "modicum":
+        saved = save_adapter(model, target, dtype=dtype, overwrite=overwrite)
+        return saved.values, saved.bytes
+    if fmt == "lora":
+        exported = export_lora(model, target, overwrite=overwrite)
+        return exported.values, exported.bytes
+    model.save_pretrained(str(target), save_embedding_layers=False)
+    size = sum((target / n).stat().st_size for n in (CONFIG_FILE, WEIGHT_FILES[0]))
+    state = AdapterState.of(model, "default")
+    return sum(state.tensors[name].numel() for name in state.adapter_names), size
+
+
+def _base_for(model: str, task_type: Any, state: dict[str, Tensor]) -> Any:
+    """The base model for an adapter with this task and these tensors."""
+    kind = str(getattr(task_type, "value", task_type) or "CAUSAL_LM")
+    if kind not in _TASKS:
+        raise ConfigError(
+            f"adapters for {kind} load in Python only; the command line knows {', '.join(_TASKS)}"
+        )
+    labels = _labels(state)
+    return load_base(model, "regression" if labels == 1 else _TASKS[kind], num_labels=labels)
+
+
+def _labels(state: dict[str, Tensor]) -> int | None:
+    heads = [
+        v.shape[0] for n, v in state.items() if n.endswith(_HEAD_ENDS) and "layer" not in n and v.dim() == 2
+    ]
+    return heads[-1] if heads else None
+
+
+def _tokens(tokenizer: Any, texts: Sequence[str], length: int = 128) -> dict[str, Tensor]:
+    encoded = tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True, max_length=length)
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
