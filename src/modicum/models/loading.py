@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from modicum.errors import ConfigError, did_you_mean, listing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -168,24 +172,20 @@ def _check_missing(name: str, missing: Any, task: str) -> None:
         )
 
 
-class quiet_transformers:  # noqa: N801, used like a function
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
     """Silences Transformers' reports and bars while open; what matters in them is checked and raised instead."""
+    from transformers.utils import logging
 
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self._level, self._bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()
-        # PEFT still reads names that Transformers renames
-        self._warnings = warnings.catch_warnings()
-        self._warnings.__enter__()
-        warnings.simplefilter("ignore", FutureWarning)
-        logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging
-
-        self._warnings.__exit__(*_)
-        logging.set_verbosity(self._level)
-        if self._bar:
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # PEFT still reads names that Transformers renames
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
             logging.enable_progress_bar()

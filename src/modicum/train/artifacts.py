@@ -32,6 +32,7 @@ def disk_guard(folder: Path) -> Iterator[None]:
         usage = shutil.disk_usage(_existing(folder))
         if not _is_full(error, usage.free):
             raise
+        drop_incomplete(folder)
         raise ModicumError(
             f"the disk is full: cannot write to {folder} ({usage.free / 2**20:,.0f} MiB free). Nothing half-written "
             "was kept; make room and run again with --resume"
@@ -104,6 +105,13 @@ def last_checkpoint(folder: Path) -> Path | None:
         if number.isdigit() and read_json(entry / "trainer_state.json") is not None:
             numbered.append((int(number), entry))
     return max(numbered)[1] if numbered else None
+
+
+def drop_incomplete(folder: Path) -> None:
+    """Remove checkpoints below `folder` that a failed write left unfinished."""
+    for entry in folder.rglob(f"{CHECKPOINTS}/checkpoint-*"):
+        if read_json(entry / "trainer_state.json") is None:
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 def stored_bytes(folder: Path) -> dict[str, int]:

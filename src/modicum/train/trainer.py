@@ -92,19 +92,6 @@ def build_trainer(
 def training_arguments(recipe: Recipe, folder: Path, *, has_validation: bool) -> TrainingArguments:
     """The Transformers arguments that a recipe stands for."""
     options = recipe.train
-    keep_best = has_validation if options.load_best is None else options.load_best
-    if not has_validation and (options.load_best or options.early_stopping_patience):
-        raise ConfigError(
-            "train.load_best and train.early_stopping_patience need validation rows: set data.validation or "
-            "data.validation_fraction"
-        )
-    evaluate = ("steps" if options.eval_steps else "epoch") if has_validation else "no"
-    save, save_steps = ("steps", options.save_steps) if options.save_steps else (evaluate, options.eval_steps)
-    if keep_best and (save != evaluate or (options.eval_steps and (save_steps or 0) % options.eval_steps)):
-        raise ConfigError(
-            f"train.save_steps = {options.save_steps} must be a multiple of train.eval_steps = {options.eval_steps}, "
-            "so that the best checkpoint is on disk (or set train.load_best to false)"
-        )
     values: dict[str, Any] = {
         "output_dir": str(folder / "checkpoints"),
         "num_train_epochs": options.epochs,
@@ -120,14 +107,7 @@ def training_arguments(recipe: Recipe, folder: Path, *, has_validation: bool) ->
         "data_seed": options.seed,
         "bf16": options.bf16,
         "fp16": options.fp16,
-        "eval_strategy": evaluate,
-        "eval_steps": options.eval_steps,
-        "save_strategy": "epoch" if save == "no" else save,
-        "save_steps": save_steps or 500,
-        "save_total_limit": 2,
-        "load_best_model_at_end": keep_best,
-        "metric_for_best_model": recipe.metric,
-        "greater_is_better": recipe.larger_is_better,
+        **_rhythm(recipe, has_validation=has_validation),
         "logging_steps": options.logging_steps,
         "report_to": [],
         "disable_tqdm": True,
@@ -152,6 +132,34 @@ def training_arguments(recipe: Recipe, folder: Path, *, has_validation: bool) ->
     except ValueError as error:
         raise ConfigError(f"the train section cannot be used: {error}") from error
     return _per_device(arguments, recipe)
+
+
+def _rhythm(recipe: Recipe, *, has_validation: bool) -> dict[str, Any]:
+    """When to evaluate and to save, and whether the best checkpoint is kept."""
+    options = recipe.train
+    keep_best = has_validation if options.load_best is None else options.load_best
+    if not has_validation and (options.load_best or options.early_stopping_patience):
+        raise ConfigError(
+            "train.load_best and train.early_stopping_patience need validation rows: set data.validation or "
+            "data.validation_fraction"
+        )
+    evaluate = ("steps" if options.eval_steps else "epoch") if has_validation else "no"
+    save, save_steps = ("steps", options.save_steps) if options.save_steps else (evaluate, options.eval_steps)
+    if keep_best and (save != evaluate or (options.eval_steps and (save_steps or 0) % options.eval_steps)):
+        raise ConfigError(
+            f"train.save_steps = {options.save_steps} must be a multiple of train.eval_steps = {options.eval_steps}, "
+            "so that the best checkpoint is on disk (or set train.load_best to false)"
+        )
+    return {
+        "eval_strategy": evaluate,
+        "eval_steps": options.eval_steps,
+        "save_strategy": "epoch" if save == "no" else save,
+        "save_steps": save_steps or 500,
+        "save_total_limit": 2,
+        "load_best_model_at_end": keep_best,
+        "metric_for_best_model": recipe.metric,
+        "greater_is_better": recipe.larger_is_better,
+    }
 
 
 def _per_device(arguments: TrainingArguments, recipe: Recipe) -> TrainingArguments:
