@@ -37,7 +37,7 @@ format: $(VENV)/.dev ## put the code into the house format and the generated pag
 	$(BIN)/ruff format $(FOUND)
 	$(BIN)/python scripts/generate_docs.py
 
-docs: $(VENV)/.docs ## build the site into site/
+docs: $(VENV)/.dev ## build the site into site/
 	$(BIN)/python scripts/generate_docs.py
 	$(BIN)/mkdocs build --strict --quiet
 
@@ -64,8 +64,4 @@ $(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev: $(VENV)/.runtime
 	$(PIP) -e '.[dev]'
-	@touch $@
-
-$(VENV)/.docs: $(VENV)/.dev
-	$(PIP) -e '.[docs]'
 	@touch $@
