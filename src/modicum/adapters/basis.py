@@ -6,6 +6,7 @@ weight rounded to bfloat16. They are computed at a canonical size, of which lowe
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -43,6 +44,8 @@ __all__ = [
 ]
 
 Kind = Literal["svd", "random", "random_kaiming", "stored"]
+#: weights up to this size are decomposed by one thread
+_ONE_THREAD = 1 << 22
 KINDS: tuple[str, ...] = ("svd", "random", "random_kaiming", "stored")
 
 
@@ -149,11 +152,26 @@ def layer_factors(
     if held is None or set(held) != {"u", "s"} or held["u"].shape != (weight.shape[0], size):
         # float16 and float64 pass through bfloat16 too: one checkpoint, one basis
         rounded = weight.to(torch.bfloat16).to("cpu", torch.float32)
-        found = left_singular_vectors(rounded, size, mode=spec.mode, directions=spec.directions)
+        with _threads_for(rounded):
+            found = left_singular_vectors(rounded, size, mode=spec.mode, directions=spec.directions)
         held = {"u": found.u, "s": found.s}
         if store is not None:
             store.store(key, held)
     return LayerFactors(held["u"], held["s"]).first(rank)
+
+
+@contextlib.contextmanager
+def _threads_for(weight: Tensor) -> Iterator[None]:
+    """One thread while a small weight is decomposed: more only wait for each other, seconds on a busy machine."""
+    before = torch.get_num_threads()
+    if before == 1 or weight.numel() > _ONE_THREAD:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _random_factors(shape: torch.Size, rank: int, size: int, spec: BasisSpec, name: str) -> LayerFactors:
