@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 REPORT = "report.json"
 RECIPE = "recipe.yaml"
-BEFORE = "before.json"
 ADAPTER = "adapter"
 MODEL = "model"
 CHECKPOINTS = "checkpoints"

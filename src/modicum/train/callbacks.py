@@ -79,7 +79,7 @@ class Progress(TrainerCallback):
         """Show losses and metrics."""
         del args, control, kwargs
         # the summary at the end has no news
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+        if not state.is_world_process_zero or not logs or "train_loss" in logs:
             return
         shown = {
             key.removeprefix("eval_"): value

@@ -99,13 +99,17 @@ def run_one(
     if finished is not None:
         return TuneResult(folder, finished, reused=True)
     loaded = load(recipe, data)
+    checkpoint = artifacts.last_checkpoint(folder)
     meter, progress = Meter(), Progress(show, title)
     callbacks = [meter] if show == "none" else [meter, progress]
     trainer = build_trainer(
         recipe, loaded.model, loaded.data, loaded.tokenizer.pad_token_id, folder, callbacks
     )
-    checkpoint = artifacts.last_checkpoint(folder)
-    before = _before(recipe, trainer, folder)
+    # inside `train`, not before it: an evaluation of the bare model makes the Trainer skip the wrapping that
+    # averages gradients over processes, without a word
+    trainer.args.eval_on_start = bool(
+        recipe.train.evaluate_before and checkpoint is None and loaded.data.validation is not None
+    )
     began = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -113,7 +117,7 @@ def run_one(
         progress.close()
     seconds = time.perf_counter() - began
     metrics = {
-        "before": before,
+        "before": _before(trainer, loaded.data.validation),
         "validation": _validation(trainer, loaded.data.validation),
         "test": measure(trainer, loaded.data.test) if use_test else None,
     }
@@ -228,7 +232,7 @@ def claim(
 
 def clear(folder: Path) -> None:
     """Remove what a run left in `folder`, and nothing else."""
-    for name in (artifacts.REPORT, "summary.json", "test.json", artifacts.RECIPE, artifacts.BEFORE):
+    for name in (artifacts.REPORT, "summary.json", "test.json", artifacts.RECIPE):
         (folder / name).unlink(missing_ok=True)
     for name in (artifacts.ADAPTER, artifacts.MODEL, artifacts.CHECKPOINTS, "logs"):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -276,17 +280,12 @@ def _check_length(model: Any, recipe: Recipe) -> None:
         )
 
 
-def _before(recipe: Recipe, trainer: TwoRateTrainer, folder: Path) -> dict[str, float] | None:
-    """The validation metrics before training; remembered, because a resumed run cannot tell them any more."""
-    path = folder / artifacts.BEFORE
-    known = artifacts.read_json(path)
-    trainer.accelerator.wait_for_everyone()
-    if known is not None or not recipe.train.evaluate_before:
-        return known
-    metrics = measure(trainer, trainer.eval_dataset)
-    if metrics is not None and trainer.is_world_process_zero():
-        artifacts.write_json(path, metrics)
-    return metrics
+def _before(trainer: TwoRateTrainer, rows: Any) -> dict[str, float] | None:
+    """The validation metrics before the first step; a resumed run finds them in the history it continues."""
+    for entry in trainer.state.log_history:
+        if rows is not None and entry.get("step") == 0 and "eval_loss" in entry:
+            return _plain(entry) | {"n": len(rows)}
+    return None
 
 
 def _save(recipe: Recipe, loaded: Loaded, report: dict[str, Any], folder: Path) -> None:
@@ -310,7 +309,6 @@ def _save(recipe: Recipe, loaded: Loaded, report: dict[str, Any], folder: Path) 
     artifacts.write_folder(folder / (artifacts.MODEL if method == FULL else artifacts.ADAPTER), fill)
     artifacts.write_json(folder / artifacts.REPORT, report)
     shutil.rmtree(folder / artifacts.CHECKPOINTS, ignore_errors=True)
-    (folder / artifacts.BEFORE).unlink(missing_ok=True)
 
 
 def _report(

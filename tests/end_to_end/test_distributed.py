@@ -1,0 +1,89 @@
+"""Two CPU processes give the result of one: the same rows per step, only the main one writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from modicum.train.recipe import make_recipe
+from modicum.train.run import tune
+from tests.small_checkpoints import recipe_values
+
+# several commands in one process, because starting Python twice takes longer than training
+COMMANDS = """
+import sys
+from modicum.cli import main
+for file in sys.argv[1:]:
+    try:
+        main(["tune", "--config", file, "--json"])
+    except SystemExit as stop:
+        print("exit", stop.code, flush=True)
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def in_two_processes(*files) -> list[str]:
+    processes, port = [], free_port()
+    for rank in range(2):
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {**os.environ, **{key: str(value) for key, value in (ranks | address).items()}}
+        command = [sys.executable, "-c", COMMANDS, *map(str, files)]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    return [process.communicate(timeout=300)[0] for process in processes]
+
+
+def test_two_processes_equal_one(tmp_path):
+    files, alone = [], []
+    for task in ("causal_lm", "seq_cls"):
+        folder = tmp_path / task
+        folder.mkdir()
+        values = recipe_values(folder, task, batch_size=8)
+        if task == "seq_cls":
+            values["sweep"] = {"learning_rate": [1e-3, 5e-3]}
+            values["data"]["test"] = values["data"]["validation"]
+        else:
+            values["method"] = {"name": "lora_xs", "r": 2}
+        alone.append(tune(make_recipe({**values, "output": str(folder / "one")})))
+        files.append(folder / "recipe.yaml")
+        files[-1].write_text(yaml.safe_dump({**values, "output": str(folder / "two")}))
+    odd = tmp_path / "odd.yaml"
+    odd.write_text(yaml.safe_dump(recipe_values(tmp_path, batch_size=5)))
+    main, other = (text.splitlines() for text in in_two_processes(*files, odd))
+
+    refused = json.loads(main[-2])["error"]
+    assert "train.batch_size = 5 rows do not divide over 2 devices" in refused
+    assert main[1::2] == ["exit 0", "exit 0", "exit 1"]
+    # the other process prints nothing but errors
+    assert [line for line in other if not line.startswith("exit")] == [main[-2]]
+
+    for one, line in zip(alone, main[::2], strict=False):
+        together = json.loads(line)
+        adapters = sorted(one.folder.rglob("adapter_model.safetensors"))
+        assert adapters
+        for path in adapters:
+            expected = load_file(path)
+            found = load_file(one.folder.with_name("two") / path.relative_to(one.folder))
+            for name, tensor in expected.items():
+                torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+        for split in ("validation", "test"):
+            for name, value in (one.metrics[split] or {}).items():
+                pair = [
+                    v["value"] if isinstance(v, dict) else v
+                    for v in (value, together["metrics"][split][name])
+                ]
+                assert pair[0] == pytest.approx(pair[1], rel=1e-5), name
+    assert json.loads(main[0])["processes"] == 2
