@@ -12,10 +12,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tests.small_checkpoints import recipe_values
 
 from modicum.train.recipe import make_recipe
 from modicum.train.run import tune
-from tests.small_checkpoints import recipe_values
 
 # several commands in one process, because starting Python twice takes longer than training
 COMMANDS = """
