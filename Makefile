@@ -44,7 +44,7 @@ docs: $(VENV)/.dev ## build the site into site/
 bench: $(VENV)/.dev ## measure the micro benchmarks (ratios within one run)
 	@for file in benchmarks/micro/[!_]*.py; do echo "$$file"; $(BIN)/python "$$file"; done
 
-demo: $(VENV)/.runtime ## fine-tune, compare, merge and mix adapters on a small bundled model
+demo: $(VENV)/.runtime ## fine-tune, compare, merge and export on a small bundled model
 	$(BIN)/modicum demo
 
 clean: ## remove everything that was built or installed here

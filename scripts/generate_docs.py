@@ -321,7 +321,40 @@ def plan_headline() -> str:
     )
 
 
+def save_load() -> str:
+    """Bytes and loading time of one adapter, as measured by benchmarks/micro/save_load.py."""
+    file = ROOT / "benchmarks" / "micro" / "results" / "save_load.json"
+    if not file.is_file():
+        return "*Not measured yet.*"
+    found = json.loads(file.read_text(encoding="utf-8"))
+    ours, lora = found["lora_xs"], found["lora"]
+    rows = [
+        ["LoRA-XS, compact record", ours["bytes"]["record_bytes"], _ms(ours["seconds"]["record"]["median"])],
+        [
+            "LoRA-XS, PEFT folder",
+            ours["bytes"]["folder_bytes"],
+            _ms(ours["seconds"]["folder_through_peft"]["median"]),
+        ],
+        [
+            "LoRA, PEFT folder",
+            lora["bytes"]["folder_bytes"],
+            _ms(lora["seconds"]["folder_through_peft"]["median"]),
+        ],
+    ]
+    for row, bits in zip(
+        rows, (8 * ours["bytes"]["payload_bytes"] // ours["bytes"]["values"], 32, 32), strict=True
+    ):
+        row.insert(1, f"{bits} bits")
+    shown = table(["one adapter", "per number", "bytes", "load, median"], rows)
+    return f"{shown}\n\nMeasured: {found['what']} (`{found['command']}`)."
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1000:,.0f} ms"
+
+
 PARTS = {
+    "save-load": save_load,
     "methods": methods_table,
     "baselines": baselines_table,
     "verbs": verbs_table,

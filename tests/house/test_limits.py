@@ -73,6 +73,13 @@ def test_no_paths_of_one_machine():
     assert not faults, "\n".join(faults)
 
 
+def test_changelog_fragments_are_named_as_their_readme_says():
+    names = [file.name for file in (ROOT / "changelog.d").iterdir() if file.name != "README.md"]
+    assert not [
+        name for name in names if not re.fullmatch(r"[a-z0-9-]+\.(added|changed|fixed|removed)\.md", name)
+    ]
+
+
 def test_floors():
     command = Path(sys.executable).with_name("lint-imports")
     result = subprocess.run([command, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)

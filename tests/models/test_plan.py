@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+import torch
 from peft import get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from tests.models_for_tests import bert, llama
 from transformers import LlamaConfig, RobertaConfig
 
@@ -14,6 +16,8 @@ from modicum.adapters import registry
 from modicum.errors import ConfigError, TargetError
 from modicum.models.architecture import read_architecture
 from modicum.models.plan import RECORD_BYTES, all_methods, make_plan
+from modicum.store.layout import layout
+from modicum.store.record import Record, encode
 
 MIB, KIB = 2**20, 2**10
 
@@ -88,6 +92,35 @@ def test_roberta_large_on_glue(roberta_large, rank, published):
     assert row.trained == published
     # the head that the published figure does not count
     assert row.head == 1024 * 1024 + 1024 + 2 * 1024 + 2
+
+
+def test_a_small_adapter_is_not_a_small_file_by_itself(llama2_7b):
+    """The header that a PEFT folder carries on LLaMA-2-7B, and what it weighs against the numbers at rank 8."""
+    row = make_plan(llama2_7b, methods=["lora_xs"], ranks=[8], dtype="float16").rows[0]
+    tensors = {
+        f"base_model.model.{name}.modicum_lora_xs_adapters.R": torch.zeros(8, 8, dtype=torch.float16)
+        for name in llama2_7b.shapes()
+    }
+    header = len(save(tensors)) - row.payload_bytes
+    assert row.payload_bytes == 224 * 64 * 2
+    assert header == pytest.approx(30e3, rel=0.03)
+    assert row.folder_overhead_bytes == pytest.approx(header, rel=0.05)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
+def test_the_container_is_never_larger_than_planned(targets):
+    shapes = read_architecture("gpt3").shapes(targets)
+    names = tuple(f"base_model.model.{name}.modicum_lora_xs_adapters.R" for name in shapes)
+    written = Record(
+        "lora_xs",
+        "float16",
+        layout(names, tuple((16, 16) for _ in names)),
+        np.zeros(256 * len(names), np.float16),
+        config={"r": 16, "target_modules": ["q_proj", "v_proj"], "alpha": 32.0},
+        base_fingerprint="0123456789abcdef" * 2,
+        basis_fingerprint="svd-top-fast-v1:" + "Gw7TQa39" * 11,
+    )
+    assert len(encode(written)) - 512 * len(names) <= RECORD_BYTES
 
 
 def test_every_method_is_planned(llama2_7b):
