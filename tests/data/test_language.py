@@ -152,7 +152,7 @@ def test_unusable_chats(messages, expected):
 
 
 def test_a_chat_without_a_template_says_what_to_do():
-    with pytest.raises(DataError, match="has no chat template.*give prompt and completion columns instead"):
+    with pytest.raises(DataError, match=r"has no chat template.*give prompt and completion columns instead"):
         encode({"messages": TALK})
 
 

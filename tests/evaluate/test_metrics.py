@@ -19,7 +19,8 @@ RANDOM = np.random.default_rng(0)
 def test_classification_equals_scikit_learn(classes, n):
     predicted, labels = RANDOM.integers(0, classes, (2, n))
     average = "binary" if classes == 2 else "macro"
-    expected = sk.f1_score(labels, predicted, average=average, labels=None if classes == 2 else range(classes), zero_division=0)  # fmt: skip
+    names = None if classes == 2 else range(classes)
+    expected = sk.f1_score(labels, predicted, average=average, labels=names, zero_division=0)
     assert metrics.f1(predicted, labels, classes) == pytest.approx(expected)
     assert metrics.accuracy(predicted, labels) == sk.accuracy_score(labels, predicted)
     assert metrics.matthews(predicted, labels) == pytest.approx(sk.matthews_corrcoef(labels, predicted))

@@ -56,7 +56,8 @@ def test_batched_generation_equals_one_prompt_at_a_time(language):
 def test_exact_match_counts_equal_completions(tmp_path, language):
     model, tokenizer = language
     prompts = [f"{n}+{n}=" for n in range(6)]
-    said = complete(model, tokenizer, [[1, *tokenizer(p, add_special_tokens=False)["input_ids"]] for p in prompts], max_new_tokens=3)  # fmt: skip
+    ids = [[1, *tokenizer(prompt, add_special_tokens=False)["input_ids"]] for prompt in prompts]
+    said = complete(model, tokenizer, ids, max_new_tokens=3)
     wanted = [text if n < 4 else text + "!" for n, text in enumerate(said)]
     path = write_jsonl(
         tmp_path / "a.jsonl", [{"prompt": p, "completion": w} for p, w in zip(prompts, wanted, strict=True)]
@@ -95,7 +96,8 @@ def test_labelled_rows(tmp_path, task):
 def test_progress_counts_every_row(tmp_path, language):
     model, tokenizer = language
     seen = []
-    evaluate(model, tokenizer, rows_of(sums(tmp_path / "a.jsonl", 7), tokenizer), batch_size=3, resamples=2, advance=seen.append)  # fmt: skip
+    data = rows_of(sums(tmp_path / "a.jsonl", 7), tokenizer)
+    evaluate(model, tokenizer, data, batch_size=3, resamples=2, advance=seen.append)
     assert sum(seen) == 14
 
 

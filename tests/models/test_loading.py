@@ -24,6 +24,15 @@ def test_tasks_choose_the_head():
     assert load_base(str(bert()), "regression").config.num_labels == 1
 
 
+def test_without_a_gpu_automatic_is_float32(tmp_path):
+    import torch
+
+    load_base(str(llama()), dtype="bfloat16").save_pretrained(tmp_path)
+    wanted = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    assert load_base(str(tmp_path)).dtype == wanted
+    assert load_base(str(tmp_path), dtype="bfloat16").dtype == torch.bfloat16
+
+
 def test_embedded_is_a_model():
     assert load_base("embedded").config.vocab_size >= len(load_tokenizer("embedded"))
 

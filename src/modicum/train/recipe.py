@@ -27,7 +27,8 @@ class ModelOptions(Section):
     name_or_path: str = Field(description="Folder, hub name, or 'embedded' for the model inside modicum.")
     task: Task = Field("causal_lm", description="Language modelling, classification or regression of texts.")
     dtype: Dtype = Field(
-        "auto", description="Number type of the base weights; 'auto' is that of the checkpoint."
+        "auto",
+        description="Number type of the base weights; 'auto': the checkpoint's on a GPU, else float32.",
     )
     num_labels: int | None = Field(
         None, ge=2, description="Number of classes; counted in the data when unset."
