@@ -318,7 +318,7 @@ class Basis(Mapping[str, LayerFactors]):
         return [self._report(name, weight) for name, weight in items if name in self.layers]
 
     def _report(self, name: str, weight: Tensor) -> LayerReport:
-        layer, rounded = self.layers[name], weight.to(torch.bfloat16)
+        layer, rounded = self.layers[name], weight.detach().to(torch.bfloat16)
         if layer.u.shape[0] != weight.shape[0]:
             raise BasisMismatchError(
                 f"the basis of {name} has {layer.u.shape[0]} rows, the weight is {tuple(weight.shape)}: "

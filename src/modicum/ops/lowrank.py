@@ -236,15 +236,18 @@ class _Krylov:
 
     def _orthonormal(self, x: Tensor) -> Tensor | None:
         """An orthonormal block orthogonal to the space so far, None when nothing is left."""
-        block: Tensor | None = x
+        block = _orthonormal_rows(x) if not self.filled else x
         done = self.v[: self.filled]
-        for _ in range(2):  # twice is enough (Kahan, Parlett)
-            if block is None or not float(block.abs().max()) > torch.finfo(torch.float32).tiny:
+        for again in range(8 if self.filled else 0):
+            if block is None:
                 return None
-            if self.filled:
-                block = torch.addmm(block, block @ done.T, done, alpha=-1)
-            block = _orthonormal_rows(block)
-        return block
+            inside = block @ done.T
+            block = _orthonormal_rows(torch.addmm(block, inside, done, alpha=-1))
+            # twice is enough (Kahan, Parlett) unless the space is exhausted: then what the first projection
+            # leaves is its own rounding, which lies inside again
+            if again and float(inside.abs().max()) < 0.1:
+                return block
+        return None if self.filled else block
 
     def _small_residual(self, x: Tensor, rank: int) -> bool:
         """Whether WᵀW v − s² v is rounding noise for all wanted directions; `x` is WᵀW of the last block."""
@@ -273,7 +276,7 @@ class _Krylov:
 def _orthonormal_rows(x: Tensor) -> Tensor | None:
     """`x` (b, n) with its rows orthonormalised in float64, back in float32; None when it vanishes."""
     norm = float(torch.linalg.vector_norm(x))
-    if not norm > 0.0:
+    if not norm > torch.finfo(torch.float32).tiny:
         return None
     y = (x / norm).double()
     lower, failed = torch.linalg.cholesky_ex(y @ y.T)
@@ -329,25 +332,41 @@ def _finished(u: Tensor, s: Tensor, largest: float) -> Tensor:
     """
     u = u.double()
     live = s > _NEGLIGIBLE * largest if largest > 0 else torch.zeros_like(s, dtype=torch.bool)
-    kept, spare = u[:, live], int((~live).sum())
-    q = _gram_schmidt(kept) if kept.shape[1] else kept
-    if spare:
-        fill = _start(u.shape[0], min(u.shape[0], 2 * spare + 8)).double()
-        for _ in range(2):
-            fill = fill - q @ (q.T @ fill)
-        fill, _ = torch.linalg.qr(fill)
-        for _ in range(2):
-            fill = fill - q @ (q.T @ fill)
-        fill = torch.linalg.svd(fill, full_matrices=False)[0][:, :spare]
-        u = u.clone()
-        u[:, live], u[:, ~live] = q, fill
+    if bool(live.all()):
+        u = _gram_schmidt(u)
     else:
-        u = q
+        u = u.clone()
+        u[:, live] = _gram_schmidt(u[:, live])
+        u[:, ~live] = _completion(u[:, live], int((~live).sum()))
     peak = u.gather(0, u.abs().argmax(0, keepdim=True))
     return (u * torch.where(peak < 0, -1.0, 1.0)).to(torch.float32).contiguous()
 
 
+def _completion(kept: Tensor, count: int) -> Tensor:
+    """`count` orthonormal columns orthogonal to the orthonormal `kept`, the same for nearly the same `kept`.
+
+    Taken in order from the fixed start and then from the unit vectors, among which enough always remain.
+    """
+    n, found = kept.shape[0], kept
+    candidates = torch.cat(
+        [_start(n, count + 8).double() / math.sqrt(n), torch.eye(n, dtype=kept.dtype)], dim=1
+    )
+    for x in candidates.T:
+        rest = x - found @ (found.T @ x)
+        norm = float(torch.linalg.vector_norm(rest))
+        # a random direction keeps this part of its length on average; half of it is safely no noise
+        if norm > 0.5 * math.sqrt((n - found.shape[1]) / n):
+            rest = rest / norm
+            rest = rest - found @ (found.T @ rest)
+            found = torch.cat([found, (rest / torch.linalg.vector_norm(rest))[:, None]], dim=1)
+        if found.shape[1] == kept.shape[1] + count:
+            break
+    return found[:, kept.shape[1] :]
+
+
 def _gram_schmidt(u: Tensor) -> Tensor:
     """Orthonormal columns nearest to the nearly orthonormal `u`, each prefix spanning the same space."""
+    if u.shape[1] == 0:
+        return u
     q, r = torch.linalg.qr(u)
     return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
