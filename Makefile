@@ -15,7 +15,7 @@ PYTHON ?= $(shell for v in 3.14 3.13 3.12 3.11 3 ""; do \
 CODE := src tests benchmarks examples scripts
 FOUND = $(wildcard $(CODE))
 
-.PHONY: help test pytest lint format docs bench demo clean
+.PHONY: help test pytest lint style floors types pages format docs bench demo clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -25,11 +25,20 @@ test: lint pytest ## install what is needed, check the code, run all tests
 pytest: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto
 
-lint: $(VENV)/.dev ## check style, floors, types and generated pages
+# one target each, so that `make -k` reports the faults of all of them
+lint: style floors types pages ## check style, floors, types and generated pages
+
+style: $(VENV)/.dev
 	$(BIN)/ruff check $(FOUND)
 	$(BIN)/ruff format --check $(FOUND)
+
+floors: $(VENV)/.dev
 	$(BIN)/lint-imports
+
+types: $(VENV)/.dev
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+pages: $(VENV)/.dev
 	$(BIN)/python scripts/generate_docs.py --check
 
 format: $(VENV)/.dev ## put the code into the house format and the generated pages up to date
