@@ -68,6 +68,20 @@ def test_an_adapter_comes_back_exactly(name, kind, tmp_path):
     assert not torch.equal(logits(loaded), logits(models.llama()))
 
 
+def test_our_tensors_are_found_under_the_names_peft_gives_them():
+    from peft import get_peft_model_state_dict
+
+    from modicum.store.state import AdapterState
+
+    model = get_peft_model(models.bert(), modicum.LoraXSConfig(r=4, task_type="SEQ_CLS"), adapter_name="mine")
+    state = AdapterState.of(model, "mine")
+    wanted = get_peft_model_state_dict(model, adapter_name="mine", save_embedding_layers=False)
+    assert {state.keys[name]: value.data_ptr() for name, value in state.tensors.items()} == {
+        key: value.data_ptr() for key, value in wanted.items()
+    }
+    assert state.full_names == {"classifier.weight", "classifier.bias"}
+
+
 def test_a_record_is_small(tmp_path):
     model = get_peft_model(models.llama(), modicum.LoraXSConfig(r=16))
     saved = save_adapter(model, tmp_path / "a.modicum", dtype="float16")
@@ -264,3 +278,31 @@ def test_what_a_newer_modicum_wrote_is_named(change, words, tmp_path):
     path.write_bytes(encode(dataclasses.replace(record, **change)))
     with pytest.raises(ConfigError, match=words):
         load_adapter(models.llama(), path)
+
+
+@pytest.mark.shared_data
+def test_real_weights_give_the_same_story_after_every_way_of_saving(shared_data, tmp_path):
+    from modicum.models.loading import load_base, load_tokenizer
+    from modicum.store.lora_export import export_lora
+
+    folder = shared_data.parent / "models" / "stories260k"
+    if not folder.is_dir():
+        pytest.skip(f"no model at {folder}")
+    tokenizer = load_tokenizer(str(folder))
+    ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
+
+    def story(model):
+        out = model.generate(input_ids=ids, max_new_tokens=40, do_sample=False, pad_token_id=0)
+        return tokenizer.decode(out[0])
+
+    config = modicum.LoraXSConfig(r=8, alpha=8.0, init_weights=False, task_type="CAUSAL_LM")
+    model = shaken(get_peft_model(load_base(str(folder)), config)).eval()
+    told = story(model)
+    assert told != story(load_base(str(folder)))
+    saved = save_adapter(model, tmp_path / "a")
+    assert saved.values == 35 * 64
+    assert saved.bytes <= 1.02 * saved.values * 2 + 1024
+    assert story(load_adapter(load_base(str(folder)), saved.path)) == told
+    export_lora(model, tmp_path / "lora")
+    assert story(PeftModel.from_pretrained(load_base(str(folder)), tmp_path / "lora").eval()) == told
+    assert story(model.merge_and_unload()) == told

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -18,6 +18,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 
 from modicum.adapters import registry
 from modicum.adapters.config import AdapterConfig
+from modicum.adapters.layer import AdapterLinear
 from modicum.errors import ConfigError, CorruptAdapterError, did_you_mean, listing
 from modicum.store.record import Record, Section
 
@@ -50,11 +51,31 @@ class AdapterState:
     def of(cls, model: PeftModel, adapter_name: str) -> AdapterState:
         """The tensors of the adapter `adapter_name`."""
         config = config_of(model, adapter_name)
+        if isinstance(config, AdapterConfig):
+            return cls._of_ours(model, adapter_name)
         found = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
         wrapped = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper))
         keys = {short_name(key, config): key for key in found}
         full = {name for name, key in keys.items() if key.startswith(wrapped)}
         return cls(model, adapter_name, {name: found[key] for name, key in keys.items()}, keys, full)
+
+    @classmethod
+    def _of_ours(cls, model: PeftModel, adapter_name: str) -> AdapterState:
+        # PEFT's way takes the state of all adapters and walks all modules several times; one walk will do
+        tensors, keys, full = {}, {}, set()
+        for name, module in model.named_modules():
+            short = name.removeprefix(PREFIX)
+            if isinstance(module, AdapterLinear) and adapter_name in module.adapters:
+                for part, value in module.adapters[adapter_name].named_parameters():
+                    tensors[f"{short}.{part}"] = value.detach()
+                    keys[f"{short}.{part}"] = f"{name}.{module.adapters_attribute}.{part}"
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                wrapper = cast("Any", module)  # PEFT's base class declares one argument fewer
+                for part, value in wrapper.adapter_state_dict(adapter_name, module.state_dict()).items():
+                    tensors[f"{short}.{part}"] = value
+                    keys[f"{short}.{part}"] = f"{name}.{part}"
+                    full.add(f"{short}.{part}")
+        return cls(model, adapter_name, tensors, keys, full)
 
     @property
     def adapter_names(self) -> list[str]:
@@ -112,8 +133,6 @@ class AdapterState:
 
 def adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Any]]:
     """(layer name in the base model, layer) for all layers that carry the modicum adapter `adapter_name`."""
-    from modicum.adapters.layer import AdapterLinear
-
     for name, module in model.named_modules():
         if isinstance(module, AdapterLinear) and adapter_name in module.adapters:
             yield name.removeprefix(PREFIX), module
