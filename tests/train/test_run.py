@@ -108,6 +108,24 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, task, 
     assert resumed.metrics == whole.metrics
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("step", [6, 8])
+def test_a_run_resumed_in_its_second_epoch_sees_the_same_rows(tmp_path, monkeypatch, grouped, step):
+    # six steps make an epoch: the checkpoints lie on its end and inside the next one
+    values = recipe_values(tmp_path, "seq_cls", max_steps=14, eval_steps=2)
+    values["data"]["group_by_length"] = grouped
+    values["method"]["lora_dropout"] = 0.2
+    whole = tune(make_recipe(changed(values, tmp_path / "whole")))
+    recipe = make_recipe(changed(values, tmp_path / "broken"))
+    with monkeypatch.context() as patch:
+        stop_at(patch, step + 1)
+        with pytest.raises(StopError):
+            tune(recipe)
+    resumed = tune(recipe, resume=True)
+    assert resumed.report["timing"]["resumed_from"] == f"checkpoint-{step}"
+    assert_same(weights(whole.folder), weights(resumed.folder))
+
+
 def test_a_half_written_checkpoint_is_passed_over(tmp_path, monkeypatch):
     values = recipe_values(tmp_path, max_steps=9)
     recipe = make_recipe(values)
@@ -211,22 +229,33 @@ def test_full_fine_tuning_saves_a_model(tmp_path):
     assert result.report["trained_values"]["head"] == 0
 
 
-def test_the_best_checkpoint_is_the_one_that_is_kept(tmp_path):
-    # a rate so large that the last evaluation is not the best one
-    values = recipe_values(tmp_path, learning_rate=3.0, max_steps=9, warmup_ratio=0.0)
-    result = tune(make_recipe(values))
-    # without the one before training
-    losses = [entry["eval_loss"] for entry in result.report["history"] if "eval_loss" in entry][1:]
-    assert losses.index(min(losses)) < 2
-    assert result.metrics["validation"]["loss"] == min(losses)
-    assert result.report["best_step"] == 3 * (losses.index(min(losses)) + 1)
+def scripted_losses(monkeypatch, *losses):
+    from modicum.evaluate import metrics
 
-
-def test_early_stopping_stops(tmp_path):
-    values = recipe_values(
-        tmp_path, learning_rate=3.0, max_steps=60, warmup_ratio=0.0, early_stopping_patience=2
+    left = list(losses)
+    monkeypatch.setattr(
+        metrics, "language", lambda sums: {"loss": left.pop(0), "perplexity": 1.0, "token_accuracy": 0.0}
     )
-    assert tune(make_recipe(values)).report["steps"] < 60
+
+
+def test_the_best_checkpoint_is_the_one_that_is_kept(tmp_path, monkeypatch):
+    values = recipe_values(tmp_path, max_steps=9, scheduler="constant", warmup_ratio=0.0)
+    short = tune(make_recipe(changed(values, tmp_path / "short", max_steps=3)))
+    # before training, then after 3, 6 and 9 steps
+    scripted_losses(monkeypatch, 0.5, 1.0, 2.0, 3.0)
+    result = tune(make_recipe(values))
+    assert result.report["best_step"] == 3
+    assert result.metrics["validation"]["loss"] == 1.0
+    assert result.metrics["before"]["loss"] == 0.5
+    assert_same(weights(result.folder), weights(short.folder))
+
+
+def test_early_stopping_stops(tmp_path, monkeypatch):
+    scripted_losses(monkeypatch, 9.0, 1.0, 2.0, 3.0)
+    values = recipe_values(tmp_path, max_steps=60, early_stopping_patience=2)
+    result = tune(make_recipe(values))
+    assert result.report["steps"] == 9
+    assert result.report["best_step"] == 3
 
 
 def test_things_that_need_validation_say_so(tmp_path):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from statistics import median
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from modicum.data.sampling import EpochSampler
 
 Show = Literal["auto", "bar", "lines", "none"]
 
@@ -47,6 +50,18 @@ class Meter(TrainerCallback):
             "tokens_per_second": self.tokens / total if total else None,
             "tokens": self.tokens,
         }
+
+
+class EpochSetter(TrainerCallback):
+    """Tells the sampler which epoch begins, after a restart too."""
+
+    def __init__(self, sampler: EpochSampler) -> None:
+        self._sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the epoch; within an epoch that is continued, `state.epoch` has a fraction."""
+        del args, control, kwargs
+        self._sampler.set_epoch(int(state.epoch or 0))
 
 
 class Progress(TrainerCallback):

@@ -1,4 +1,4 @@
-"""The Transformers Trainer, set up from a recipe; a subclass only for the two learning rates."""
+"""The Transformers Trainer, set up from a recipe; a subclass only for two learning rates and the row order."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from torch.nn import functional as F
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
 
 from modicum.data.encoded import IGNORED, Collator
+from modicum.data.sampling import EpochSampler
 from modicum.errors import ConfigError, MissingExtraError
 from modicum.evaluate import metrics as formulas
+from modicum.train.callbacks import EpochSetter
 from modicum.train.methods import head_parameters
 
 if TYPE_CHECKING:
@@ -27,9 +29,15 @@ if TYPE_CHECKING:
 
 
 class TwoRateTrainer(Trainer):
-    """A Trainer whose classification head has a learning rate of its own."""
+    """A Trainer with a learning rate for the head, and a row order that depends on seed and epoch alone."""
 
     head_rate: float | None = None
+    sampler: EpochSampler | None = None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        # the Trainer's own orders are not kept by a resumed run of several processes (accelerate does not hand the
+        # epoch through its skipping batch sampler), nor, when grouping by length, by any resumed run
+        return self.sampler if self.sampler is not None else super()._get_train_sampler(train_dataset)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The usual optimizer; parameters of the head move to groups with the head's rate."""
@@ -79,6 +87,14 @@ def build_trainer(
         callbacks=[*callbacks, *_stopping(recipe, data)],
     )
     trainer.remove_callback(PrinterCallback)
+    if data.train is not None:
+        trainer.sampler = EpochSampler(
+            len(data.train),
+            recipe.train.seed,
+            lengths=data.train.lengths if recipe.data.group_by_length else None,
+            batch_size=recipe.train.batch_size,
+        )
+        trainer.add_callback(EpochSetter(trainer.sampler))
     tracker = _tracker(recipe, arguments, folder)
     if tracker is not None:
         trainer.add_callback(tracker)
@@ -116,7 +132,6 @@ def training_arguments(recipe: Recipe, folder: Path, *, has_validation: bool) ->
         "use_cpu": options.device == "cpu" or not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available() and options.device != "cpu",
         "dataloader_num_workers": options.num_workers,
-        "train_sampling_strategy": "group_by_length" if recipe.data.group_by_length else "random",
         "include_num_input_tokens_seen": "non_padding",
         "ddp_find_unused_parameters": False,
     }
