@@ -6,18 +6,7 @@ another day that it must not give.
 
 # ruff: noqa: SIM905 - a line of words is easier to read and to extend than a list of strings
 
-NUMBERS = {
-    "two": 2,
-    "three": 3,
-    "four": 4,
-    "five": 5,
-    "six": 6,
-    "seven": 7,
-    "eight": 8,
-    "nine": 9,
-    "ten": 10,
-    "twelve": 12,
-}
+NUMBERS = "two three four five six seven eight nine ten twelve".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday today tomorrow tonight".split()
 NAMES = "Anna Ben Clara David Ella Felix Grace Henry Jonas Kate Leo Mara Nina Oscar Rosa Simon".split()
 GREETINGS = ("", "", "", "Hello! ", "Hi! ", "Good morning. ", "Good evening! ", "Hello again. ")

@@ -2,7 +2,7 @@
 
     python scripts/make_bundled_task.py
 
-    Could we have three red hats for Friday?   ->   order; 3; red hats; Friday
+    Could we have three red hats for Friday?   ->   order; three; red hats; Friday
 
 A message belongs to one of five kinds and names a number of things and a day.  Half of the
 validation and test rows have a template, a quarter a thing, and a quarter both, that no training
@@ -41,9 +41,9 @@ def things_of(split: str) -> list[str]:
     return [thing for index, thing in enumerate(THINGS) if index % 6 in places]
 
 
-def message(rng: random.Random, template: str, things: list[str]) -> tuple[str, str, int, str]:
+def message(rng: random.Random, template: str, things: list[str]) -> tuple[str, str, str, str]:
     """The message, its thing, its number and its day."""
-    word, thing = rng.choice(list(NUMBERS)), rng.choice(things)
+    word, thing = rng.choice(NUMBERS), rng.choice(things)
     if rng.random() < 0.6:
         thing = f"{rng.choice(QUALITIES)} {thing}"
     day, other = rng.sample(DAYS, 2)
@@ -52,7 +52,7 @@ def message(rng: random.Random, template: str, things: list[str]) -> tuple[str, 
         text = text.replace(f"on {little}", little).replace(f"On {little}", little.capitalize())
     closing = rng.choice(CLOSINGS).format(name=rng.choice(NAMES))
     text = rng.choice(GREETINGS) + text[0].upper() + text[1:] + closing
-    return text, thing, NUMBERS[word], day
+    return text, thing, word, day
 
 
 def rows(split: str, count: int, seen: set[str], rng: random.Random) -> list[dict[str, str]]:

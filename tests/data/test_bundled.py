@@ -65,6 +65,16 @@ def test_splits_hold_out_templates_and_things(generator):
     assert seen == things["train"]
 
 
+def test_the_card_says_what_the_files_are(generator):
+    card = (bundled.path("notes", "train").parents[1] / "README.md").read_text(encoding="utf-8")
+    for split, count in bundled.task("notes").rows.items():
+        assert f"| `notes/{split}.jsonl` | {count:,} |" in card
+    assert f"Templates (12 for each kind) and things ({len(generator['THINGS'])})" in card
+    assert {len(kind) for kind in generator["TEMPLATES"].values()} == {12}
+    example = next(row for row in read("notes", "test") if row["completion"] == " move; five; carts; Friday")
+    assert json.dumps(example["prompt"]) in card
+
+
 def test_unknown_names_are_refused_with_advice():
     with pytest.raises(DataError, match="did you mean 'notes'"):
         bundled.path("note", "train")
