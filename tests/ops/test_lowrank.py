@@ -134,6 +134,14 @@ def test_the_iterated_exact_mode_agrees_with_the_full_decomposition(shape):
     assert float(torch.linalg.vector_norm(found.u - truth, dim=0).max()) < 1e-4
 
 
+def test_exact_waits_for_directions_far_below_the_largest():
+    weight = decaying(1100, 1200, power=-0.9)
+    _, vectors = torch.linalg.eigh(weight.double() @ weight.double().T)
+    found = left_singular_vectors(weight, 48, mode="exact")
+    assert found.iterations > 0
+    assert largest_principal_angle(found.u, vectors.flip(1)[:, :48]) < 2e-5
+
+
 @pytest.mark.parametrize("weight", [noise(700, 800), decaying(800, 700), 1e-25 * noise(700, 800)])
 def test_fast_captures_almost_all_that_can_be_captured(weight):
     fast = left_singular_vectors(weight, 16)

@@ -37,8 +37,8 @@ _CONVERGED = 1e-3
 _NEGLIGIBLE = 5e-6
 #: below this smaller dimension the whole Gram matrix is cheaper than iterating to convergence
 _SMALL = 1024
-#: residual of W Wᵀ, relative to its norm, at which `exact` stops
-_RESIDUAL = 1e-6
+#: residual of WᵀW v − s² v, relative to s², at which `exact` stops; for s far below the largest, to 1e-9 of its square
+_RESIDUAL, _RESIDUAL_FLOOR = 1e-6, 1e-9
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,9 @@ class _Krylov:
         values, vectors = torch.linalg.eigh((y @ y.T).double())
         rest = torch.addmm(x, x @ done.T, done, alpha=-1).double()
         wanted = vectors.flip(1)[-self.block :, :rank]
-        return float(torch.linalg.vector_norm(wanted.T @ rest, dim=1).max()) < _RESIDUAL * float(values[-1])
+        residual = torch.linalg.vector_norm(wanted.T @ rest, dim=1)
+        allowed = (_RESIDUAL * values.flip(0)[:rank]).clamp_min(_RESIDUAL_FLOOR * float(values[-1]))
+        return bool((residual <= allowed).all())
 
     def _refined(self, rank: int) -> tuple[Tensor, Tensor]:
         """(u, s) from the problem projected on the leading float32 directions, in float64."""
