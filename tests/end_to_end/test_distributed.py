@@ -17,15 +17,31 @@ from tests.small_checkpoints import recipe_values
 from modicum.train.recipe import make_recipe
 from modicum.train.run import tune
 
-# several commands in one process, because starting Python twice takes longer than training
+# the first recipe is broken off in its second epoch and resumed; all in one process, because starting Python takes
+# longer than training
 COMMANDS = """
 import sys
 from modicum.cli import main
-for file in sys.argv[1:]:
+from modicum.train.callbacks import Meter
+
+def run(*words):
     try:
-        main(["tune", "--config", file, "--json"])
+        main(["tune", "--json", "--config", *words])
     except SystemExit as stop:
         print("exit", stop.code, flush=True)
+
+whole = Meter.on_step_end
+def broken(self, args, state, control, **kwargs):
+    whole(self, args, state, control, **kwargs)
+    if state.global_step == 5:
+        raise KeyboardInterrupt
+
+Meter.on_step_end = broken
+run(sys.argv[1])
+Meter.on_step_end = whole
+run(sys.argv[1], "--resume")
+for file in sys.argv[2:]:
+    run(file)
 """
 
 
@@ -51,7 +67,8 @@ def test_two_processes_equal_one(tmp_path):
     for task in ("causal_lm", "seq_cls"):
         folder = tmp_path / task
         folder.mkdir()
-        values = recipe_values(folder, task, batch_size=8)
+        # three steps make an epoch, so that the second checkpoint lies inside the second one
+        values = recipe_values(folder, task, batch_size=8, eval_steps=2)
         if task == "seq_cls":
             values["sweep"] = {"learning_rate": [1e-3, 5e-3]}
             values["data"]["test"] = values["data"]["validation"]
@@ -63,15 +80,22 @@ def test_two_processes_equal_one(tmp_path):
     odd = tmp_path / "odd.yaml"
     odd.write_text(yaml.safe_dump(recipe_values(tmp_path, batch_size=5)))
     main, other = (text.splitlines() for text in in_two_processes(*files, odd))
+    for lines in (main, other):
+        assert [line for line in lines if line.startswith("exit")] == [
+            "exit 130",
+            "exit 0",
+            "exit 0",
+            "exit 1",
+        ]
+    results = [json.loads(line) for line in main if '"recipe_digest"' in line]
+    assert len(results) == 2
+    # only the main process writes results
+    assert not any('"recipe_digest"' in line for line in other)
+    assert "train.batch_size = 5 rows do not divide over 2 devices" in main[-2]
+    assert results[0]["processes"] == 2
+    assert results[0]["timing"]["resumed_from"] == "checkpoint-4"
 
-    refused = json.loads(main[-2])["error"]
-    assert "train.batch_size = 5 rows do not divide over 2 devices" in refused
-    assert main[1::2] == ["exit 0", "exit 0", "exit 1"]
-    # the other process prints nothing but errors
-    assert [line for line in other if not line.startswith("exit")] == [main[-2]]
-
-    for one, line in zip(alone, main[::2], strict=False):
-        together = json.loads(line)
+    for one, together in zip(alone, results, strict=True):
         adapters = sorted(one.folder.rglob("adapter_model.safetensors"))
         assert adapters
         for path in adapters:
@@ -86,4 +110,3 @@ def test_two_processes_equal_one(tmp_path):
                     for v in (value, together["metrics"][split][name])
                 ]
                 assert pair[0] == pytest.approx(pair[1], rel=1e-5), name
-    assert json.loads(main[0])["processes"] == 2

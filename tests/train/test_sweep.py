@@ -89,6 +89,9 @@ def test_a_diverged_rate_is_never_chosen(tmp_path, monkeypatch):
 
     recipe = make_recipe(recipe_values(tmp_path))
     assert choose(recipe, {1e-3: [cell(2.0), cell(2.2)], 1e-2: [cell(1.0), cell(None)]}) == 1e-3
+    # smaller losses are better, and all seeds count
+    assert choose(recipe, {1e-3: [cell(2.0), cell(2.2)], 1e-2: [cell(1.9), cell(2.5)]}) == 1e-3
+    assert choose(recipe, {1e-3: [cell(2.0), cell(2.2)], 1e-2: [cell(1.9), cell(2.1)]}) == 1e-2
 
 
 def test_choosing_a_rate_needs_validation(tmp_path):

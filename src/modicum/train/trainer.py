@@ -99,7 +99,7 @@ def build_trainer(
     if tracker is not None:
         trainer.add_callback(tracker)
     if not is_language:
-        # these models swallow `num_items_in_batch` without using it; our loss function does use it
+        # the number of rows of a step is for our loss function; models of this kind would only pass it on unused
         trainer.model_accepts_loss_kwargs = False
         trainer.head_rate = recipe.head_learning_rate
     return trainer
