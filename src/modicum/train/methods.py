@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from modicum.errors import ConfigError, did_you_mean
@@ -93,7 +94,10 @@ def option_faults(name: str, options: Mapping[str, Any]) -> dict[str, str]:
             faults[key] = f"{key} = {value!r}: {fault}"
     if not faults:
         try:
-            make_config(name, options, "causal_lm")
+            # what PEFT warns about, it warns about again when the method is applied
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                make_config(name, options, "causal_lm")
         except (ConfigError, ValueError, TypeError) as error:
             faults["name"] = str(error)
     return faults
