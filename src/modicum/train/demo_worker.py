@@ -1,7 +1,7 @@
 """One step of the demo, in a process of its own: `python -m modicum.train.demo_worker JOB.json`.
 
 `train` trains one method. `reload` knows only the saved file: it measures the base model, loads the adapter,
-exports and merges it. `stock` knows only those two folders and loads them with plain Transformers and PEFT.
+exports and merges it, and loads what it wrote with plain Transformers and PEFT.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from modicum.data.prepare import prepare
+from modicum.errors import ConfigError
 from modicum.evaluate.run import evaluate
 from modicum.models.loading import load_base, load_tokenizer, quiet_transformers
 from modicum.store.files import load_adapter, save_adapter, to_record
@@ -71,7 +72,9 @@ def train(recipe: Recipe, folder: Path) -> dict[str, Any]:
 
 
 def reload(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """Measure the base model, load the saved file on it, export it and merge it."""
+    """Measure the base model, load the saved file on it, export and merge it, and measure all of these."""
+    if not (folder / RECORD).is_file():
+        raise ConfigError(f"no {RECORD} in {folder}: train first")
     tokenizer, rows = _data(recipe)
     base = load_base(recipe.model.name_or_path, dtype=recipe.model.dtype, tokenizer=tokenizer)
     before = answer("before", base, tokenizer, rows, folder)
@@ -88,22 +91,21 @@ def reload(recipe: Recipe, folder: Path) -> dict[str, Any]:
             "wanted": rows.references[0],
             "before": texts[0],
         },
-        "forms": {FORMS[1]: _form(metrics, folder / RECORD)},
+        "forms": {FORMS[1]: _form(metrics, folder / RECORD), **_stock(recipe, folder, tokenizer, rows)},
     }
 
 
-def stock(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """Load the merged model with Transformers and the exported LoRA with PEFT."""
+def _stock(recipe: Recipe, folder: Path, tokenizer: Any, rows: Encoded) -> dict[str, Any]:
+    """How the merged model, loaded by Transformers, and the exported LoRA, loaded by PEFT, answer."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    tokenizer, rows = _data(recipe)
     merged = AutoModelForCausalLM.from_pretrained(folder / "merged").eval()
     found = {FORMS[2]: _form(answer(FORMS[2], merged, tokenizer, rows, folder), folder / "merged")}
     base = load_base(recipe.model.name_or_path, dtype=recipe.model.dtype, tokenizer=tokenizer)
     lora = PeftModel.from_pretrained(base, folder / "lora").eval()
     found[FORMS[3]] = _form(answer(FORMS[3], lora, tokenizer, rows, folder), folder / "lora")
-    return {"forms": found}
+    return found
 
 
 @torch.no_grad()
@@ -143,9 +145,7 @@ def main() -> None:
     # VeRA warns that its projections are not saved, which is what the recipe says
     warnings.filterwarnings("ignore", message="Specified to not")
     with quiet_transformers():
-        result = {"train": train, "reload": reload, "stock": stock}[job["job"]](
-            make_recipe(job["recipe"]), folder
-        )
+        result = {"train": train, "reload": reload}[job["job"]](make_recipe(job["recipe"]), folder)
     (folder / f"{job['job']}.result.json").write_text(json.dumps(result), encoding="utf-8")
 
 

@@ -1,0 +1,72 @@
+"""`modicum demo`: what it prints; that it works is tested in tests/end_to_end."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from tests.cli.adapter_files import run
+
+from modicum.train import demo
+from modicum.train.demo import METHODS, DemoResult, FormResult, MethodResult, demo_recipe
+from modicum.train.recipe import load_recipe
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+SHARE = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 400, "method": "wilson"}
+RESULT = DemoResult(
+    task="notes",
+    summary="Notes.",
+    before=SHARE | {"value": 0.0},
+    methods=tuple(
+        MethodResult(name, 1234, 5000, 2500, SHARE, 0.5, 100, 12.3, 700 << 20, 800 << 20) for name in METHODS
+    ),
+    forms=tuple(FormResult(form, 0.5, 400, 400, 1e-5, 5000) for form in demo.FORMS),
+    same=True,
+    seconds=100.0,
+    threads=2,
+    example={"prompt": "Say hi.\nNote:", "wanted": "hi"},
+)
+
+
+@pytest.fixture
+def result(monkeypatch):
+    held = {"result": RESULT}
+    monkeypatch.setattr(demo, "run_demo", lambda *_, **__: held["result"])
+    return held
+
+
+def test_the_tables(result, capsys):
+    shown = run(capsys, "demo")
+    assert shown.code == 0
+    for words in (
+        "1,234",
+        "50.0% [40.0%, 60.0%]",
+        "800",
+        "400 of 400",
+        "1.0e-05",
+        "All four",
+        "prompt: Say hi. Note:",
+    ):
+        assert words in shown.out
+    assert run(capsys, "demo", "--json").json["methods"][0]["peak_bytes"] == 800 << 20
+
+
+def test_answers_that_differ_are_an_error(result, capsys):
+    result["result"] = dataclasses.replace(RESULT, same=False)
+    shown = run(capsys, "demo")
+    assert shown.code == 1
+    assert "THE ANSWERS DIFFER" in shown.out
+
+
+def test_a_folder_in_use_is_left_alone(result, tmp_path, capsys):
+    (tmp_path / "x").write_text("mine")
+    assert "not empty" in run(capsys, "demo", "--output", tmp_path).err
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.filterwarnings("ignore:Specified to not")
+def test_the_recipe_files_are_what_the_demo_runs(method):
+    from_file = load_recipe(RECIPES / f"demo_{method}.yaml")
+    assert from_file == demo_recipe(method)
+    assert from_file.digest() == demo_recipe(method).digest()
