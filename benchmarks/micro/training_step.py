@@ -111,6 +111,25 @@ def measure(threads: int, repeats: int) -> dict:
     return rows
 
 
+def shown(methods: dict) -> dict:
+    """The documentation's table."""
+    names = {"floor": "floor (one layer norm)", "lora_xs": "`lora_xs`", "lora": "`lora` (PEFT)"}
+    return {
+        "columns": ["method", "trained values", "seconds a step", "times the floor", "peak memory (MiB)"],
+        "rows": [
+            [
+                names[method],
+                row["trained_values"],
+                f"{row['seconds_median']:.2f}",
+                f"{row['ratio_to_floor_median']:.3f}",
+                f"{row['peak_memory_mib']:,.0f}",
+            ]
+            for method, row in methods.items()
+        ],
+        "note": "Llama 110M, 84 linear layers, rank 16, batch 8 x 128, float32, one thread; steps taken in turn.",
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
@@ -130,6 +149,7 @@ def main() -> None:
         "versions": {"modicum": __version__, "torch": torch.__version__},
         "methods": measure(options.threads, options.repeats),
     }
+    result["table"] = shown(result["methods"])
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result["methods"], indent=2))

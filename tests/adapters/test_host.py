@@ -13,7 +13,7 @@ from tests.models_for_tests import bert, gpt2, llama, tokens
 
 from modicum import LoraXSConfig
 from modicum.adapters import registry
-from modicum.adapters.basis import Basis, BasisCache, BasisSpec, LayerFactors
+from modicum.adapters.basis import Basis, BasisCache, BasisSpec, LayerFactors, fingerprint_of
 from modicum.errors import (
     BaseMismatchError,
     BasisMismatchError,
@@ -57,6 +57,8 @@ def test_save_and_load_in_every_way(method, tmp_path):
     model = get_peft_model(base, config_for(method, task_type="CAUSAL_LM"))
     wanted = logits(model.eval())
     model.save_pretrained(tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert card.count("`import modicum` before") == 1
 
     fresh = type(base).from_pretrained(tmp_path / "base")
     same(logits(PeftModel.from_pretrained(fresh, tmp_path / "adapter")), wanted)
@@ -443,3 +445,40 @@ def test_a_stored_basis_is_found_by_its_fingerprint(tmp_path, monkeypatch):
     torch.testing.assert_close(delta, first.u @ torch.diag(first.r0) @ first.a)
     with pytest.raises(ConfigError, match="basis_fingerprint"):
         LoraXSConfig(basis="stored")
+
+
+def test_a_sign_that_another_machine_chose_differently_is_turned_back(tmp_path):
+    """Two all but equal largest entries: the sign rule may fall either way, the fingerprint tells which."""
+
+    def base():
+        model = llama()
+        torch.manual_seed(1)
+        u = torch.randn(32, 32)
+        u[:, 0] = torch.linspace(-1, 1, 32)  # the largest entries tie
+        u, _ = torch.linalg.qr(u)
+        v, _ = torch.linalg.qr(torch.randn(32, 32))
+        sigma = torch.tensor([100.0, *torch.linspace(3, 0.1, 31)])
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.self_attn.q_proj.weight.copy_(u @ torch.diag(sigma) @ v.T)
+        return model
+
+    model = get_peft_model(base(), config_for("lora_xs", target_modules=["q_proj"])).eval()
+    layer = model.base_model.model.model.layers[1].self_attn.q_proj
+    basis = layer.adapters["default"].basis
+    basis.ut[0] *= -1
+    wanted = logits(model)
+    config = model.peft_config["default"]
+    items = [
+        (name, module.adapters["default"].basis.ut[:4].T)
+        for name, module in model.base_model.model.named_modules()
+        if name.endswith("q_proj")
+    ]
+    config.basis_fingerprint = fingerprint_of(items, config.basis_spec())
+    model.save_pretrained(tmp_path)
+    same(logits(PeftModel.from_pretrained(base(), tmp_path)), wanted)
+    basis.ut[1] *= -1  # no tie: this cannot be another machine's choice
+    config.basis_fingerprint = fingerprint_of(items, config.basis_spec())
+    model.save_pretrained(tmp_path)
+    with pytest.raises(BasisMismatchError):
+        PeftModel.from_pretrained(base(), tmp_path)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, cast, final
 import torch
 
 from modicum.adapters.basis_cache import BasisCache, read_tensors, write_tensors
-from modicum.adapters.fingerprint import TOLERANCE, compare, ensure_same, fingerprint_of
+from modicum.adapters.fingerprint import TOLERANCE, compare, ensure_same, fingerprint_of, turned_columns
 from modicum.errors import BasisMismatchError, ConfigError, CorruptAdapterError, did_you_mean, listing
 from modicum.ops.digest import weight_digest
 from modicum.ops.lowrank import DIRECTIONS, MODES, captured_energy, left_singular_vectors
@@ -41,6 +41,7 @@ __all__ = [
     "ensure_same",
     "fingerprint_of",
     "layer_factors",
+    "turned_columns",
 ]
 
 Kind = Literal["svd", "random", "random_kaiming", "stored"]
@@ -103,11 +104,11 @@ class LayerFactors:
 
 
 def canonical_size(rank: int, out_features: int, in_features: int) -> int:
-    """The size a basis is computed at: `rank` rounded up to 32, 64, 128, …, at most min(out, in).
+    """The size a basis is computed at: `rank` rounded up to 16, 32, 64, …, at most min(out, in).
 
     All ranks up to one canonical size share its computation and its cache entry, and are prefixes of it.
     """
-    return min(max(32, 1 << max(rank - 1, 0).bit_length()), out_features, in_features)
+    return min(max(16, 1 << max(rank - 1, 0).bit_length()), out_features, in_features)
 
 
 @torch.no_grad()

@@ -92,9 +92,24 @@ def check_basis(config: AdapterConfig, sites: Mapping[str, Site]) -> str | None:
     if wanted is None:
         return found
     columns = sum(ranks.values())
-    if bases.compare(wanted, found, columns) > bases.TOLERANCE and not _give_added(wanted, sites, ranks):
+    if bases.compare(wanted, found, columns) <= bases.TOLERANCE or _give_added(wanted, sites, ranks):
+        return wanted
+    turned = bases.turned_columns(wanted, items, spec)
+    if turned is None:
         bases.ensure_same(wanted, found, columns)
+    for name in {name for name, _ in turned or ()}:
+        _give_turned(sites[name], config, [k for layer, k in turned or () if layer == name])
     return wanted
+
+
+def _give_turned(site: Site, config: AdapterConfig, columns: list[int]) -> None:
+    """Let adapters of the config's fingerprint use the basis of `site` with some columns turned."""
+    basis, rank = site.basis(config), config.rank_for(site.name)
+    u = basis.ut[:rank].T.clone()
+    u[:, columns] *= -1
+    a = basis.a[:rank] if basis.explicit_input and basis.a is not None else None
+    sigma = None if basis.sigma is None else basis.sigma[:rank]
+    site.give(config.basis_fingerprint or "", bases.LayerFactors(u, sigma, a))
 
 
 def _give_added(fingerprint: str, sites: Mapping[str, Site], ranks: Mapping[str, int]) -> bool:

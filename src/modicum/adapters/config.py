@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from peft import PeftConfig
@@ -16,6 +17,13 @@ from modicum.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from modicum.adapters.basis import BasisSpec
+
+#: what PEFT's own model card cannot know
+_LOADING = """## Loading
+
+This adapter needs modicum: `pip install modicum`, and `import modicum` before
+PEFT loads it.
+"""
 
 
 def option(default: Any, help_text: str, **constraints: Any) -> Any:
@@ -94,6 +102,15 @@ class AdapterConfig(PeftConfig):
         faults = [*self._range_faults(), *self.faults()]
         if faults:
             raise ConfigError(f"{type(self).__name__}: " + "; ".join(faults))
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, and tell the readers of a model card beside it what loading needs."""
+        super().save_pretrained(save_directory, **kwargs)
+        # PEFT writes the card into the folder itself, named adapters into folders below it
+        for card in (Path(save_directory) / "README.md", Path(save_directory).parent / "README.md"):
+            text = card.read_text(encoding="utf-8") if card.is_file() else ""
+            if "library_name: peft" in text and _LOADING not in text:
+                card.write_text(f"{text.rstrip()}\n\n{_LOADING}", encoding="utf-8")
 
     def basis_spec(self) -> BasisSpec | None:
         """The kind of frozen directions this method shares between adapters; None when it has none."""

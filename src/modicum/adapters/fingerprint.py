@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 import math
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from modicum.errors import BasisMismatchError
 from modicum.ops.digest import SKETCH_SIZE, sketch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
@@ -30,6 +31,10 @@ TOLERANCE = 0.02
 #: root mean square change of the sketch that is refused however many columns share it; one turned column
 #: moves it by about 2, and below 0.5 with a probability of 1e-7
 _CAP = 0.5
+#: entries whose sizes differ by less than this part may be ranked differently on another machine
+_NEAR = 2e-3
+#: near-tied columns that are tried in all combinations (two to this power)
+_MOST_TURNED = 12
 
 
 def fingerprint_of(items: Iterable[tuple[str, Tensor]], spec: BasisSpec, rank: int | None = None) -> str:
@@ -38,8 +43,11 @@ def fingerprint_of(items: Iterable[tuple[str, Tensor]], spec: BasisSpec, rank: i
     # sums of floats depend on their order; the order of the layers must not matter
     for name, u in sorted(items, key=lambda item: item[0]):
         total += sketch(name, u[:, :rank])
-    numbers = total.numpy().astype("<f4").tobytes()
-    return f"{spec.token()}:{base64.b64encode(numbers).decode()}"
+    return _text(spec, total.numpy())
+
+
+def _text(spec: BasisSpec, numbers: np.ndarray) -> str:
+    return f"{spec.token()}:{base64.b64encode(numbers.astype('<f4').tobytes()).decode()}"
 
 
 def compare(a: str, b: str, columns: int) -> float:
@@ -58,6 +66,36 @@ def compare(a: str, b: str, columns: int) -> float:
     rms = float(np.sqrt(np.mean(np.square(sketch_a - sketch_b))))
     deviation = rms * max(1.0 / math.sqrt(max(columns, 1)), TOLERANCE / _CAP)
     return deviation if math.isfinite(deviation) else math.inf
+
+
+def turned_columns(
+    wanted: str, items: Sequence[tuple[str, Tensor]], spec: BasisSpec
+) -> list[tuple[str, int]] | None:
+    """The columns (layer name, index) to turn so that the layers (name, u) have the fingerprint `wanted`.
+
+    The sign rule looks at the largest entry of a column. Where the largest positive and the largest negative
+    entry are all but equal, two machines may choose differently. Those few columns are known, so every
+    combination of them is tried; None when no combination gives the wanted fingerprint.
+    """
+    near = [(name, k) for name, u in items for k in _near_ties(u)][:_MOST_TURNED]
+    by_name, columns = dict(items), sum(u.shape[1] for _, u in items)
+    _, numbers = _parsed(fingerprint_of(items, spec))
+    parts = []
+    for name, k in near:
+        alone = torch.zeros_like(by_name[name])
+        alone[:, k] = by_name[name][:, k]
+        parts.append(sketch(name, alone).numpy())
+    for size in range(1, len(near) + 1):
+        for chosen in itertools.combinations(range(len(near)), size):
+            turned = numbers - 2 * sum(parts[index] for index in chosen)
+            if compare(wanted, _text(spec, turned), columns) <= TOLERANCE:
+                return [near[index] for index in chosen]
+    return None
+
+
+def _near_ties(u: Tensor) -> list[int]:
+    high, low = u.amax(0), -u.amin(0)
+    return (torch.minimum(high, low) >= (1 - _NEAR) * torch.maximum(high, low)).nonzero().flatten().tolist()
 
 
 def ensure_same(stored: str, found: str, columns: int) -> None:
