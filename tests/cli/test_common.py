@@ -10,12 +10,9 @@ import pytest
 from modicum.cli._common import (
     emit,
     jsonable,
-    merged,
     parse_overrides,
     progress,
-    read_recipe,
     table,
-    yaml_value,
 )
 from modicum.errors import ConfigError
 
@@ -85,33 +82,3 @@ def test_a_bad_override_says_how(pair):
 def test_overrides_that_contradict_each_other():
     with pytest.raises(ConfigError, match="goes below 'train'"):
         parse_overrides(["train=1", "train.lr=2"])
-
-
-@pytest.mark.parametrize(
-    ("text", "value"), [("1e-3", 1e-3), ("-2.5E4", -2.5e4), ("1e", "1e"), ("0x10", 16), ("~", None)]
-)
-def test_yaml_values(text, value):
-    assert yaml_value(text) == value
-
-
-def test_a_value_that_is_no_yaml():
-    with pytest.raises(ConfigError, match="as a YAML value"):
-        yaml_value("[1, 2")
-
-
-def test_merged_leaves_both_alone():
-    recipe, overrides = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 9}, "d": {"e": 4}}
-    assert merged(recipe, overrides) == {"a": {"b": 9, "c": 2}, "d": {"e": 4}}
-    assert recipe == {"a": {"b": 1, "c": 2}, "d": 3}
-
-
-def test_read_recipe(tmp_path):
-    file = tmp_path / "recipe.yaml"
-    file.write_text("train: {lr: 0.1}\n")
-    assert read_recipe(file, ["train.lr=2"]) == {"train": {"lr": 2}}
-    file.write_text("- 1\n")
-    with pytest.raises(ConfigError, match="mapping of sections, it holds list"):
-        read_recipe(file)
-    file.write_text("a: [\n")
-    with pytest.raises(ConfigError, match="no valid YAML"):
-        read_recipe(file)

@@ -9,7 +9,6 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,12 +17,6 @@ from modicum.errors import ConfigError
 
 #: the `--json` option of a verb: `as_json: JsonFlag = False`
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-
-#: the `--set` option of a verb that takes a recipe: `overrides: Overrides = None`
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the recipe, e.g. train.lr=1e-3."),
-]
 
 Advance = Callable[..., None]
 
@@ -112,12 +105,14 @@ def parse_overrides(pairs: Sequence[str] | None) -> dict[str, Any]:
     Raises:
         ConfigError: a pair has no `=`, an empty key, or a key below another pair's value.
     """
+    from modicum.train.yaml_lines import yaml_value
+
     result: dict[str, Any] = {}
     for pair in pairs or ():
         path, equals, text = pair.partition("=")
         keys = path.strip().split(".")
         if not equals or not all(keys):
-            raise ConfigError(f"cannot read {pair!r}; write key=value or key.sub=value, e.g. train.lr=1e-3")
+            raise ConfigError(f"cannot read {pair!r}; write key=value or key.sub=value, e.g. alpha=32")
         node = result
         for key in keys[:-1]:
             node = node.setdefault(key, {})
@@ -125,39 +120,3 @@ def parse_overrides(pairs: Sequence[str] | None) -> dict[str, Any]:
                 raise ConfigError(f"{pair!r} goes below {key!r}, which another override sets to a value")
         node[keys[-1]] = yaml_value(text)
     return result
-
-
-def merged(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`recipe` with `overrides` laid over it, mapping by mapping; neither is changed."""
-    result = dict(recipe)
-    for key, value in overrides.items():
-        below = result.get(key)
-        result[key] = (
-            merged(below, value) if isinstance(below, Mapping) and isinstance(value, dict) else value
-        )
-    return result
-
-
-def yaml_value(text: str) -> Any:
-    """`text` read as one YAML value; `1e-3` is a number, which YAML 1.1 would call a string."""
-    import yaml
-
-    if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text.strip()):
-        return float(text)
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"cannot read {text!r} as a YAML value: {error}") from error
-
-
-def read_recipe(path: Path, pairs: Sequence[str] | None = None) -> dict[str, Any]:
-    """The recipe at `path` as plain values, with overrides applied; checking it is the schema's job."""
-    import yaml
-
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no valid YAML: {error}") from error
-    if not isinstance(recipe, dict):
-        raise ConfigError(f"{path} must hold a mapping of sections, it holds {type(recipe).__name__}")
-    return merged(recipe, parse_overrides(pairs))
