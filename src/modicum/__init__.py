@@ -18,15 +18,32 @@ if TYPE_CHECKING:
     from modicum.adapters.registry import get as get_method
     from modicum.adapters.registry import names as method_names
     from modicum.methods.lora_xs import LoraXSConfig
+    from modicum.store.files import load_adapter, save_adapter
+    from modicum.store.lora_export import export_lora
+    from modicum.store.published import import_published
 
 #: public name -> (module that defines it, its name there)
 _PUBLIC = {
     "LoraXSConfig": ("modicum.methods.lora_xs", "LoraXSConfig"),
+    "export_lora": ("modicum.store.lora_export", "export_lora"),
     "get_method": ("modicum.adapters.registry", "get"),
+    "import_published": ("modicum.store.published", "import_published"),
+    "load_adapter": ("modicum.store.files", "load_adapter"),
     "method_names": ("modicum.adapters.registry", "names"),
+    "save_adapter": ("modicum.store.files", "save_adapter"),
 }
 
-__all__ = ["LoraXSConfig", "ModicumError", "__version__", "get_method", "method_names"]
+__all__ = [
+    "LoraXSConfig",
+    "ModicumError",
+    "__version__",
+    "export_lora",
+    "get_method",
+    "import_published",
+    "load_adapter",
+    "method_names",
+    "save_adapter",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import peft
 import pytest
@@ -436,6 +437,10 @@ def test_a_stored_basis_is_found_by_its_fingerprint(tmp_path, monkeypatch):
     }
     theirs = Basis(layers, BasisSpec("stored"))
     options = {"basis": "stored", "basis_fingerprint": theirs.fingerprint(), "target_modules": ["q_proj"]}
+    with pytest.raises(BasisMismatchError, match="modicum basis add"):
+        get_peft_model(llama(), LoraXSConfig(r=4, alpha=8, **options))
+    other_input = {name: replace(layer, a=layer.a.flip(0)) for name, layer in layers.items()}
+    BasisCache().add(Basis(other_input, BasisSpec("stored")))
     with pytest.raises(BasisMismatchError, match="modicum basis add"):
         get_peft_model(llama(), LoraXSConfig(r=4, alpha=8, **options))
     BasisCache().add(theirs)

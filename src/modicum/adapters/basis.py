@@ -248,7 +248,10 @@ class Basis(Mapping[str, LayerFactors]):
     def fingerprint(self, rank: int | None = None) -> str:
         """The fingerprint of the first `rank` columns of every layer, all by default."""
         basis = self if rank is None else self.truncated(rank)
-        return fingerprint_of(((name, layer.u) for name, layer in basis.items()), self.spec)
+        items = [(name, layer.u) for name, layer in basis.items()]
+        if self.spec.kind == "stored":  # its input factor follows from nothing else
+            items += [(f"{name} input", layer.a.T) for name, layer in basis.items() if layer.a is not None]
+        return fingerprint_of(items, self.spec)
 
     def truncated(self, rank: int) -> Basis:
         """The basis of the first `rank` columns of every layer; layers with fewer keep theirs."""

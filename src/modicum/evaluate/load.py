@@ -14,6 +14,7 @@ from modicum.data.options import TASKS, DataOptions, Task
 from modicum.data.prepare import encode
 from modicum.errors import ConfigError, did_you_mean
 from modicum.models.loading import load_adapted, load_base, load_tokenizer, quiet_transformers
+from modicum.store.files import load_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,8 +60,13 @@ def load_for_evaluation(
     encoded = encode(rows, options, tokenizer, kind, num_labels)
     with quiet_transformers():
         base = load_base(model, kind, dtype=cast("Any", dtype), num_labels=num_labels, tokenizer=tokenizer)
-        adapted = load_adapted(base, adapter) if adapter else base
+        adapted = _adapted(base, adapter) if adapter else base
     return Loaded(_placed(adapted), tokenizer, encoded, kind)
+
+
+def _adapted(base: Any, adapter: str) -> Any:
+    """`base` with the adapter in a compact record or a PEFT folder."""
+    return load_adapter(base, adapter) if Path(adapter).is_file() else load_adapted(base, adapter)
 
 
 def data_options(overrides: Sequence[str]) -> DataOptions:
