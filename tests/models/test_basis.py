@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import get_peft_model
 from tests.models_for_tests import bert, gpt2, llama, tokens
 
 from modicum import LoraXSConfig
@@ -107,20 +108,24 @@ def mean_gradient(model, name):
 )
 @pytest.mark.parametrize("update", ["sign", "gradient"])
 def test_the_core_starts_as_the_best_part_of_the_first_step(make, name, update):
-    target, lr, scaling, rank = name.rpartition(".")[2], 0.01, 2.0, 5
-    basis = gradient_basis(
-        make(), batches(), [target], rank, lr=lr, scaling=scaling, update=update, mode="exact"
-    )
+    target, lr, rank = name.rpartition(".")[2], 0.01, 5
+    basis = gradient_basis(make(), batches(), [target], rank, lr=lr, update=update, mode="exact")
     gradient = mean_gradient(make(), name)
     step = -lr * (gradient.sign() if update == "sign" else gradient)
     u, s, vt = torch.linalg.svd(step, full_matrices=False)
     best = (u[:, :rank] * s[:rank]) @ vt[:rank]
     layer = basis[name]
-    start = scaling * (layer.u * layer.r0) @ layer.a
+    start = (layer.u * layer.r0) @ layer.a
     assert torch.allclose(start, best, atol=1e-4 * float(best.abs().max()))
     assert torch.allclose(layer.u.T @ layer.u, torch.eye(rank), atol=1e-5)
     assert torch.allclose(layer.a @ layer.a.T, torch.eye(rank), atol=1e-5)
     assert basis.spec == BasisSpec("stored")
+    BasisCache().add(basis)
+    config = LoraXSConfig(
+        r=rank, alpha=3 * rank, target_modules=[target], basis="stored", basis_fingerprint=basis.fingerprint()
+    )
+    adapted = get_peft_model(make(), config).base_model.model.get_submodule(name)
+    assert torch.allclose(adapted.get_delta_weight("default"), best, atol=1e-4 * float(best.abs().max()))
 
 
 def test_layers_in_groups_give_the_same_basis_and_the_model_is_left_alone(tmp_path):

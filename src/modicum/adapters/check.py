@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from tqdm.auto import tqdm
 
 from modicum.adapters import basis as bases
 from modicum.errors import (
@@ -87,7 +88,9 @@ def check_basis(config: AdapterConfig, sites: Mapping[str, Site]) -> str | None:
                 "and name the fingerprint it has at the rank of the adapter"
             )
         return wanted
-    items = [(name, site.basis(config).ut[: ranks[name]].T) for name, site in sites.items()]
+    # the first adapter of a large model decomposes every weight once, which takes minutes
+    shown = tqdm(sites.items(), desc="basis", disable=None, delay=2, leave=False)
+    items = [(name, site.basis(config).ut[: ranks[name]].T) for name, site in shown]
     found = bases.fingerprint_of(items, spec)
     if wanted is None:
         return found

@@ -73,7 +73,6 @@ def gradient_basis(
     *,
     steps: int | None = None,
     lr: float = 1e-3,
-    scaling: float = 1.0,
     update: Literal["sign", "gradient"] = "sign",
     mode: Mode = "fast",
     layers_at_once: int | None = None,
@@ -82,9 +81,10 @@ def gradient_basis(
 
     The update is ΔW = −lr · sign(G), G the mean loss gradient over the first `steps` batches: the first step
     of Adam, whose moments are G and G², is lr · G/|G|. `update="gradient"` takes −lr · G instead, the first
-    step of plain gradient descent. With ΔW ≈ U S Vᵀ at `rank`: u = U, a = Vᵀ, r0 = S / scaling (a diagonal),
-    so that scaling · U R A starts as the best rank-r part of that update. The result is of kind "stored":
-    add it to the cache (`BasisCache().add(basis)`) and name its fingerprint in the adapter's configuration.
+    step of plain gradient descent. With ΔW ≈ U S Vᵀ at `rank`: u = U, a = Vᵀ, r0 = S (a diagonal). An adapter
+    starts with R = r0 / scaling, so that scaling · U R A is the best rank-r part of that update. The result is
+    of kind "stored": add it to the cache (`BasisCache().add(basis)`) and name its fingerprint in the adapter's
+    configuration.
 
     Batches are keyword arguments of the model and hold labels. `layers_at_once` bounds the memory of the
     gradients: that many layers per sweep over the batches, all in one sweep by default. The model is left
@@ -113,20 +113,20 @@ def gradient_basis(
         chosen = {name: modules[name] for name in names[first : first + group]}
         for name, gradient in _mean_gradients(model, chosen, used).items():
             step = gradient.sign() if update == "sign" else gradient
-            layers[name] = _best_factors(step.mul_(-lr), rank, mode, scaling)
+            layers[name] = _best_factors(step.mul_(-lr), rank, mode)
     return Basis(layers, BasisSpec("stored"), {n: weight_digest(_weight(modules[n])) for n in names})
 
 
 @torch.no_grad()
-def _best_factors(update: Tensor, rank: int, mode: Mode, scaling: float) -> LayerFactors:
-    """Factors u = U, a = Vᵀ, r0 = S / scaling of the update, with the exact decomposition of UᵀΔW."""
+def _best_factors(update: Tensor, rank: int, mode: Mode) -> LayerFactors:
+    """Factors u = U, a = Vᵀ, r0 = S of the update, with the exact decomposition of UᵀΔW."""
     u = left_singular_vectors(update, rank, mode=mode).u.double()
     p, s, vt = torch.linalg.svd(u.T @ update.double(), full_matrices=False)
     turned = u @ p
     peak = turned.gather(0, turned.abs().argmax(0, keepdim=True))
     sign = torch.where(peak < 0, -1.0, 1.0)
     a = (sign.T * vt).to(torch.float32).contiguous()
-    return LayerFactors((turned * sign).to(torch.float32), None, a, (s / scaling).to(torch.float32))
+    return LayerFactors((turned * sign).to(torch.float32), None, a, s.to(torch.float32))
 
 
 def _mean_gradients(
