@@ -175,25 +175,23 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument(
+        "--longer", type=int, default=1, help="multiply the steps; results go to glue_long.json"
+    )
+    parser.add_argument(
         "--cell", nargs=2, metavar=("TASK", "METHOD"), help="run this one cell in this process"
     )
     options = parser.parse_args()
+    for facts in TASKS.values():
+        facts["steps"] *= options.longer
+    result = RESULT if options.longer == 1 else RESULT.with_name("glue_long.json")
     if options.cell:
         run_cell(*options.cell, options.data, options.work)
         return
     cells = [(task, method) for task in options.tasks for method in options.methods]
 
     def start(cell: tuple[str, str]) -> int:
-        command = [
-            sys.executable,
-            __file__,
-            "--data",
-            str(options.data),
-            "--work",
-            str(options.work),
-            "--cell",
-            *cell,
-        ]
+        command = [sys.executable, __file__, "--data", str(options.data), "--work", str(options.work)]
+        command += ["--longer", str(options.longer), "--cell", *cell]
         log = options.work / f"{'-'.join(cell)}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as out:
@@ -206,8 +204,8 @@ def main() -> None:
     with ThreadPoolExecutor(options.workers) as pool:
         if any(pool.map(start, cells)):
             sys.exit("some cells failed; run again to continue")
-    RESULT.write_text(json.dumps(collect(cells, options.work), indent=2) + "\n")
-    print(f"wrote {RESULT}")
+    result.write_text(json.dumps(collect(cells, options.work), indent=2) + "\n")
+    print(f"wrote {result}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modicum.data.prepare import Prepared, prepare
@@ -17,8 +18,6 @@ from modicum.train.methods import BASELINES, FULL, apply_method, trained_values
 from modicum.train.recipe import Recipe, make_recipe
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from modicum.train.callbacks import Meter, Show
     from modicum.train.trainer import TwoRateTrainer
 
@@ -344,13 +343,14 @@ def memory() -> dict[str, int | None]:
     """Peak bytes of this process: resident, and on the GPU (None without one)."""
     import torch
 
-    try:
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux; its ru_maxrss would also hold the peak of the process that started this one
+        resident = 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
+    elif sys.platform == "darwin":
         import resource
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        # Linux counts KiB, macOS bytes
-        resident = peak if sys.platform == "darwin" else peak * 1024
-    except ImportError:  # Windows
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    else:
         resident = None
     return {
         "peak_rss_bytes": resident,
