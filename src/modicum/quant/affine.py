@@ -1,0 +1,339 @@
+"""Our own low-bit linear layer: codes on an affine grid, float offsets, exact folding of block-constant updates."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modicum.errors import ConfigError, InexactMergeError
+from modicum.ops.affine import BITS, Grid, ZeroPoint, decode, pack, packed_width, spread, unpack
+from modicum.quant import int4pack
+from modicum.quant.base import BaseFormat
+from modicum.quant.matmul import linear
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class AffineSpec:
+    """How the weight of one layer is stored; see `docs/design/quantized-bases.md`."""
+
+    bits: int = 4
+    #: (q, p): rows and columns that share a scale; (1, g) is a row group of g inputs
+    block: tuple[int, int] = (1, 128)
+    #: "float" and "integer" grids have offsets, "none" is symmetric
+    zero_point: ZeroPoint = "float"
+    scale_dtype: str = "bfloat16"
+    offset_dtype: str = "bfloat16"
+    #: (q', p') of the additional offsets that a merge has left, None without
+    offset_block: tuple[int, int] | None = None
+
+    def faults(self, out_features: int, in_features: int) -> list[str]:
+        """What is wrong with storing an (out, in) weight this way; empty if fine."""
+        faults = []
+        if self.bits not in BITS:
+            faults.append(f"bits = {self.bits!r}, must be one of {', '.join(map(str, BITS))}")
+        if self.zero_point not in ("float", "integer", "none"):
+            faults.append(f"zero_point = {self.zero_point!r}, must be float, integer or none")
+        for name in ("scale_dtype", "offset_dtype"):
+            if getattr(self, name) not in DTYPES:
+                faults.append(f"{name} = {getattr(self, name)!r}, must be one of {', '.join(DTYPES)}")
+        if self.zero_point == "integer" and self.offset_dtype != "float32":
+            # s · z has more digits than 16 bits hold
+            faults.append(f"zero_point = 'integer' needs offset_dtype = 'float32', not {self.offset_dtype!r}")
+        for block in (self.block, self.offset_block or (1, 1)):
+            faults += [
+                f"blocks of {size} {what} do not divide {features}; sizes that do: {', '.join(map(str, divisors(features)))}"
+                for size, features, what in ((block[0], out_features, "outputs"), (block[1], in_features, "inputs"))
+                if size < 1 or features % size
+            ]
+        return faults
+
+    def bits_per_weight(self, out_features: int, in_features: int) -> float:
+        """Bits stored for each weight: codes, scales and offsets."""
+        total = 8 * out_features * packed_width(in_features, self.bits)
+        blocks = out_features * in_features // math.prod(self.block)
+        total += blocks * 8 * DTYPES[self.scale_dtype].itemsize
+        if self.zero_point != "none":
+            total += blocks * 8 * DTYPES[self.offset_dtype].itemsize
+        if self.offset_block is not None:
+            total += out_features * in_features // math.prod(self.offset_block) * 32
+        return total / (out_features * in_features)
+
+
+def divisors(number: int, limit: int = 12) -> list[int]:
+    """The divisors of `number` that are useful as a block size: powers of two and their small multiples, largest last."""
+    found = [size for size in range(1, min(number, 256) + 1) if number % size == 0]
+    return found[-limit:]
+
+
+@final
+class AffineLinear(nn.Linear):
+    """A linear layer with the frozen weight ŵ = s (c − 2^(bits−1)) + o; gradients pass to its input only.
+
+    Buffers: `codes`, `scales`, `offsets`, `block_offsets` (absent ones None). The number type of the layer's
+    input decides the one it computes in; `.to(dtype)` leaves the buffers as they are.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    offsets: Tensor | None
+    block_offsets: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        spec: AffineSpec,
+        bias: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        faults = spec.faults(out_features, in_features)
+        if faults:
+            raise ConfigError(f"a {(out_features, in_features)} layer: " + "; ".join(faults))
+        self.in_features, self.out_features, self.spec = in_features, out_features, spec
+        #: whether the buffers are in the layout of the packed int4 kernel
+        self.packed = False
+        q, p = spec.block
+        grid = (out_features // q, in_features // p)
+        shape = (out_features, packed_width(in_features, spec.bits))
+        self.register_buffer("codes", torch.zeros(shape, dtype=torch.uint8, device=device))
+        self.register_buffer("scales", torch.ones(grid, dtype=DTYPES[spec.scale_dtype], device=device))
+        zero = None
+        if spec.zero_point != "none":
+            zero = torch.zeros(grid, dtype=DTYPES[spec.offset_dtype], device=device)
+        self.register_buffer("offsets", zero)
+        extra = None
+        if spec.offset_block is not None:
+            rows, columns = spec.offset_block
+            extra = torch.zeros(out_features // rows, in_features // columns, device=device)
+        self.register_buffer("block_offsets", extra)
+        # follows `.to(dtype)` like a weight would
+        self.register_buffer("_like", torch.empty(0, dtype=dtype or torch.get_default_dtype(), device=device), persistent=False)
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        # nothing for Transformers to initialise
+        self._is_hf_initialized = True
+
+    @classmethod
+    def from_quantized(
+        cls,
+        codes: Tensor,
+        grid: Grid,
+        spec: AffineSpec,
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> AffineLinear:
+        """A layer of unpacked codes (out, in) uint8 and their grid."""
+        layer = cls(codes.shape[1], codes.shape[0], spec, bias is not None, dtype, "meta")
+        layer.codes = pack(codes, spec.bits)
+        layer.set_grid(grid)
+        layer._like = torch.empty(0, dtype=layer._like.dtype, device=codes.device)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().to(layer._like.dtype).clone(), requires_grad=False)
+        return layer
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number type the layer computes in, as far as its module was told."""
+        return self._like.dtype
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The dequantized weight (out, in), made anew on each access; it cannot be assigned."""
+        if self.codes.is_meta:
+            return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
+        return _ReadOnly.of(self.dequantized().to(self.dtype))
+
+    def dequantized(self) -> Tensor:
+        """The weight (out, in) in float32."""
+        grid = self.grid()
+        weight = decode(self.unpacked_codes(), grid, self.spec.bits, self.spec.block)
+        if self.block_offsets is not None and self.spec.offset_block is not None:
+            weight += spread(self.block_offsets, self.spec.offset_block)
+        return weight
+
+    def unpacked_codes(self) -> Tensor:
+        """The codes (out, in), uint8."""
+        if self.packed:
+            return int4pack.unpacked(self.codes)
+        return unpack(self.codes, self.spec.bits, self.in_features)
+
+    def grid(self) -> Grid:
+        """Scales and offsets, (out/q, in/p), whatever the layout."""
+        if not self.packed:
+            return Grid(self.scales, self.offsets)
+        grid = int4pack.grid_of(self.scales, self.offsets)
+        if self.spec.zero_point == "none":
+            return Grid(grid.scales, None)
+        assert grid.offsets is not None
+        return Grid(grid.scales, grid.offsets.to(DTYPES[self.spec.offset_dtype]))
+
+    def set_grid(self, grid: Grid) -> None:
+        """Take other scales and offsets in place, in the number types of the spec."""
+        self.unpack_layout()
+        self.scales = grid.scales.to(DTYPES[self.spec.scale_dtype])
+        self.offsets = None if grid.offsets is None else grid.offsets.to(DTYPES[self.spec.offset_dtype])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X ŵᵀ + bias, shape (*batch, out)."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if not self.packed and not torch.is_grad_enabled() and self._wants_kernel(x):
+            self.pack_layout()
+        bias = self.bias
+        trains = bias is not None and bias.requires_grad
+        y = linear(
+            x,
+            self.codes,
+            self.scales,
+            self.offsets,
+            None if trains else bias,
+            self.spec.bits,
+            self.spec.block,
+            self.packed,
+        )
+        if trains:
+            assert bias is not None
+            y = y + bias.to(y.dtype)
+        if self.block_offsets is not None and self.spec.offset_block is not None:
+            y = y + block_product(x, self.block_offsets, self.spec.offset_block).to(y.dtype)
+        return y
+
+    def pack_layout(self) -> None:
+        """Change to the layout of the packed int4 kernel in place, if the layer fits it."""
+        if self.packed or not self._fits_kernel():
+            return
+        codes = int4pack.packed(self.unpacked_codes())
+        self.scales, self.offsets = int4pack.kernel_grid(self.grid())
+        self.codes, self.packed = codes, True
+
+    def unpack_layout(self) -> None:
+        """Change back to the layout on disk in place, bit for bit."""
+        if self.packed:
+            codes, grid = pack(self.unpacked_codes(), self.spec.bits), self.grid()
+            self.codes, (self.scales, self.offsets), self.packed = codes, grid, False
+
+    def _fits_kernel(self) -> bool:
+        return self.codes.device.type == "cpu" and int4pack.fits(
+            self.out_features, self.in_features, self.spec.bits, self.spec.block, DTYPES[self.spec.scale_dtype]
+        )
+
+    def _wants_kernel(self, x: Tensor) -> bool:
+        few = x.numel() <= int4pack.FEW_ROWS * self.in_features
+        return few and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling() and self._fits_kernel()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AffineLinear:
+        """Move to a device; number types of the stored values never change."""
+        self.unpack_layout()
+        before = {name: getattr(self, name) for name in ("scales", "offsets", "block_offsets")}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            after = getattr(self, name)
+            if value is not None and after.dtype != value.dtype:
+                setattr(self, name, value.to(after.device))
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        # on disk there is one layout only
+        self.unpack_layout()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unpack_layout()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """Shape and grid."""
+        spec = self.spec
+        return (
+            f"{self.in_features}, {self.out_features}, bits={spec.bits}, block={spec.block}, "
+            f"zero_point={spec.zero_point}, bias={self.bias is not None}"
+        )
+
+
+def block_product(x: Tensor, values: Tensor, block: tuple[int, int]) -> Tensor:
+    """X Δᵀ for the weight Δ = spread(values, block), without making Δ; float32, shape (*batch, out)."""
+    q, p = block
+    sums = x.float().unflatten(-1, (-1, p)).sum(-1)
+    return F.linear(sums, values).repeat_interleave(q, -1) if q > 1 else F.linear(sums, values)
+
+
+class _ReadOnly(Tensor):
+    """A tensor whose data cannot be assigned: who merges into it would lose the update without a word."""
+
+    @staticmethod
+    def of(tensor: Tensor) -> Tensor:
+        return tensor.as_subclass(_ReadOnly)
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # noqa: SLF001 - results are plain tensors
+
+    @property
+    def data(self) -> Tensor:
+        """The values."""
+        return self.detach().as_subclass(Tensor)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise InexactMergeError(
+            "a quantized weight cannot be assigned: this is a copy of it. Merge with `modicum merge`, which folds "
+            "what can be folded exactly and says what the rest costs"
+        )
+
+
+@final
+class Affine(BaseFormat):
+    """`AffineLinear`: our own codes, scales and offsets."""
+
+    name = "affine"
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether `module` is an `AffineLinear`."""
+        return isinstance(module, AffineLinear)
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        layer = cast("AffineLinear", module)
+        return layer.out_features, layer.in_features
+
+    def weight(self, module: nn.Module) -> Tensor:
+        """The dequantized weight, (out, in), float32, a new tensor."""
+        return cast("AffineLinear", module).dequantized()
+
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        """The number type the layer computes in."""
+        return cast("AffineLinear", module).dtype
+
+
+def fold(layer: AffineLinear, values: Tensor, block: tuple[int, int]) -> None:
+    """Adds the weight update spread(values, block) to `layer` in place: offsets change, codes and scales do not.
+
+    Where quantization blocks lie inside the update's blocks, their own offsets take it; otherwise it becomes (or
+    joins) the additional `block_offsets`. Exact up to one float32 rounding of the offset.
+    """
+    layer.unpack_layout()
+    spec, values = layer.spec, values.detach().float()
+    (q, p), (rows, columns) = block, spec.block
+    if q % rows == 0 and p % columns == 0:
+        offsets = torch.zeros_like(layer.scales, dtype=torch.float32) if layer.offsets is None else layer.offsets.float()
+        layer.offsets = offsets + spread(values, (q // rows, p // columns)).to(offsets.device)
+        layer.spec = replace(spec, zero_point="float", offset_dtype="float32")
+        return
+    if layer.block_offsets is None or spec.offset_block is None:
+        layer.block_offsets = values.clone().to(layer.scales.device)
+        layer.spec = replace(spec, offset_block=block)
+        return
+    fine = math.gcd(q, spec.offset_block[0]), math.gcd(p, spec.offset_block[1])
+    old = spread(layer.block_offsets, (spec.offset_block[0] // fine[0], spec.offset_block[1] // fine[1]))
+    new = spread(values, (q // fine[0], p // fine[1])).to(old.device)
+    layer.block_offsets = old + new
+    layer.spec = replace(spec, offset_block=fine)

@@ -1,0 +1,216 @@
+"""One door for products with a quantized weight: x ŵᵀ and its gradient to x, whatever the layout and the device.
+
+Few rows go to a low-bit kernel where there is one. Otherwise the weight is dequantized, a panel of rows at a
+time, into a buffer that is used again for every panel of every layer: memory stays codes and scales, and no
+layer's worth of pages is mapped and freed on each call (which alone halves the speed of training). The
+dequantization is compiled where a compiler is at hand.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from modicum.ops.affine import middle, spread, unpack
+from modicum.quant import int4pack
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+#: weights dequantized at a time on a processor: a panel of bfloat16 stays in its cache
+PANEL = 1 << 22
+#: layers below this many weights are not worth waiting for a compiler
+_WORTH_COMPILING = 1 << 20
+
+
+def linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    block: tuple[int, int],
+    packed: bool,
+) -> Tensor:
+    """X ŵᵀ + bias, shape (*batch, out), in the dtype of x.
+
+    `codes`, `scales` and `offsets` as in `AffineLinear`, or in the layout of `int4pack` if `packed`.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _linear(x, codes, scales, offsets, bias, bits, *block, packed)
+    return _forward(x, codes, scales, offsets, bias, bits, *block, packed)
+
+
+def _forward(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    q: int,
+    p: int,
+    packed: bool,
+) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    if packed and len(rows) <= int4pack.FEW_ROWS and x.dtype == torch.bfloat16:
+        y = int4pack.few_rows(rows, codes, scales, offsets)
+        y = y if bias is None else y.add_(bias)
+        return y.view(*x.shape[:-1], -1)
+    parts = []
+    for start, stop, weight in _panels(x.shape[-1], x.dtype, codes, scales, offsets, bits, (q, p), packed):
+        parts.append(F.linear(rows, weight, None if bias is None else bias[start:stop].to(x.dtype)))
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return y.view(*x.shape[:-1], -1)
+
+
+def _input_gradient(
+    grad: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    columns: int,
+    bits: int,
+    q: int,
+    p: int,
+    packed: bool,
+) -> Tensor:
+    rows = grad.reshape(-1, grad.shape[-1])
+    total: Tensor | None = None
+    for start, stop, weight in _panels(columns, grad.dtype, codes, scales, offsets, bits, (q, p), packed):
+        part = rows[:, start:stop]
+        # sums of panels are kept in float32 where the dtype is narrower
+        if total is None:
+            total = part @ weight
+        elif grad.dtype == torch.float32:
+            total.addmm_(part, weight)
+        else:
+            total = total.float().add_(part @ weight)
+    assert total is not None
+    return total.to(grad.dtype).view(*grad.shape[:-1], columns)
+
+
+_linear = torch.library.custom_op("modicum::affine_linear", _forward, mutates_args=())
+_linear_input = torch.library.custom_op("modicum::affine_linear_input", _input_gradient, mutates_args=())
+
+
+@_linear.register_fake
+def _(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+@_linear_input.register_fake
+def _(
+    grad: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, columns: int, *_: Any
+) -> Tensor:
+    del codes, scales, offsets
+    return grad.new_empty(*grad.shape[:-1], columns)
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    del output
+    x, codes, scales, offsets, _, bits, q, p, packed = inputs
+    ctx.save_for_backward(codes, scales, offsets)
+    ctx.rest = (x.shape[-1], bits, q, p, packed)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple:
+    gradient = _linear_input(grad, *ctx.saved_tensors, *ctx.rest) if ctx.needs_input_grad[0] else None
+    return gradient, *(None,) * 8
+
+
+_linear.register_autograd(_backward, setup_context=_save)
+
+
+def _panels(
+    columns: int,
+    dtype: torch.dtype,
+    codes: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    bits: int,
+    block: tuple[int, int],
+    packed: bool,
+) -> Iterator[tuple[int, int, Tensor]]:
+    """(first row, row after the last, weight (rows, in)) of all panels; a weight is overwritten by the next."""
+    out, q = codes.shape[0], block[0]
+    step = out
+    if codes.device.type == "cpu":
+        unit = 64 * q
+        step = min(out, max(unit, PANEL // columns // unit * unit))
+    worth = out * columns >= _WORTH_COMPILING and can_compile(codes.device.type)
+    for start in range(0, out, step):
+        stop = min(start + step, out)
+        buffer = _buffer((stop - start) * columns, dtype, codes.device)
+        part = slice(start // q, stop // q)
+        if packed:
+            weight = buffer.view(columns, stop - start)
+            rest = None if offsets is None else offsets[part]
+            write = _compiled(int4pack.dequantize_runs) if worth else int4pack.dequantize_runs
+            write(codes[start:stop], scales[:, part], rest, columns, weight)
+            yield start, stop, weight.T
+            continue
+        weight = buffer.view(stop - start, columns)
+        write = _compiled(_dequantize_rows) if worth else _dequantize_rows
+        shift = None if offsets is None else offsets[part]
+        write(codes[start:stop], scales[part], shift, bits, block, columns, weight)
+        yield start, stop, weight
+
+
+def _dequantize_rows(
+    codes: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    bits: int,
+    block: tuple[int, int],
+    columns: int,
+    out: Tensor,
+) -> None:
+    """Writes the weight (rows, in) of packed `codes` into `out`."""
+    q, p = block
+    grid = [None if part is None else spread(part.to(torch.float32), (q, 1)).unsqueeze(-1) for part in (scales, offsets)]
+    centred = unpack(codes, bits, columns).to(torch.float32) - middle(bits)
+    weight = centred.view(len(codes), -1, p) * grid[0]
+    weight = weight if grid[1] is None else weight + grid[1]
+    out.copy_(weight.view(len(codes), columns))
+
+
+_kept = threading.local()
+
+
+def _buffer(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`numel` numbers of scratch memory: this thread's own on a processor, new elsewhere (where allocators keep it)."""
+    if device.type != "cpu":
+        return torch.empty(numel, dtype=dtype, device=device)
+    buffers = _kept.__dict__.setdefault("buffers", {})
+    kept = buffers.get(dtype)
+    if kept is None or kept.numel() < numel:
+        # no gradient and no inference flag may stick to memory that is used again
+        with torch.inference_mode(mode=False), torch.no_grad():
+            kept = buffers[dtype] = torch.empty(numel, dtype=dtype)
+    return kept[:numel]
+
+
+@functools.cache
+def can_compile(device: str) -> bool:
+    """Whether `torch.compile` can make kernels for `device` here; MODICUM_COMPILE=0 says no."""
+    if os.environ.get("MODICUM_COMPILE", "1") == "0":
+        return False
+    if device == "cpu":
+        return shutil.which(os.environ.get("CXX", "g++")) is not None or shutil.which("clang++") is not None
+    import importlib.util
+
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+    return torch.compile(function, dynamic=True)
