@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from modicum import _peft_hook
+from modicum import _hooks
 from modicum._version import __version__
 from modicum.errors import ModicumError
 
@@ -61,4 +61,4 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-_peft_hook.install()
+_hooks.install()

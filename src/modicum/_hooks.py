@@ -1,13 +1,15 @@
-"""Make PEFT know our methods, whichever of `modicum` and `peft` is imported first, without importing either.
+"""Make PEFT know our methods and Transformers our quantized checkpoints, in whatever order things are imported.
 
-PEFT finds no plug-ins, and importing it here would bring torch into `import modicum`. So a finder on
-`sys.meta_path` waits for `peft` and registers our methods once it has been imported. It also watches our own
-lower floors: when one of them is what imports PEFT, registering has to wait until that module is complete.
+Neither finds plug-ins, and importing them here would bring torch into `import modicum`. So a finder on
+`sys.meta_path` waits for the modules that keep their registries and fills these in once they have been
+imported. It also watches our own lower floors: when one of them is what imports such a module, registering
+has to wait until ours is complete.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 import warnings
 from importlib.abc import MetaPathFinder
@@ -18,29 +20,37 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
+#: module with a registry -> (our module whose `register` fills it, what becomes known)
+_REGISTRIES = {
+    "peft": ("modicum.adapters.registry", "its methods to PEFT"),
+    "transformers.quantizers.auto": ("modicum.quant.huggingface", "its checkpoints to Transformers"),
+}
 #: what `register` itself imports: none of it may be half-way through its own import at that moment
 _OWN = ("modicum.adapters", "modicum.methods", "modicum.quant", "modicum.ops")
 
 
 def install() -> None:
-    """Register our methods with PEFT now if it is there, else as soon as it has been imported."""
-    if "peft" in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    """Register with what is imported already, and with the rest as soon as it has been imported."""
+    waiting = [name for name in _REGISTRIES if name not in sys.modules]
+    for name in _REGISTRIES:
+        if name not in waiting:
+            _register(name)
+    if waiting and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder(waiting))
 
 
 class _Finder(MetaPathFinder):
     """Finds nothing itself; wraps the loading of the modules it watches."""
 
-    def __init__(self) -> None:
+    def __init__(self, waiting: list[str]) -> None:
+        self._waiting = waiting
         self._loading = 0
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """What the other finders find; for watched modules with a step after loading."""
-        if fullname != "peft" and not fullname.startswith(_OWN):
+        if fullname not in self._waiting and not fullname.startswith(_OWN):
             return None
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(fullname, path, target)
@@ -61,17 +71,18 @@ class _Finder(MetaPathFinder):
             execute(module)
         finally:
             self._loading -= 1
-        if not self._loading and "peft" in sys.modules and self in sys.meta_path:
+        if self._loading:
+            return
+        for name in [name for name in self._waiting if name in sys.modules]:
+            self._waiting.remove(name)
+            _register(name)
+        if not self._waiting and self in sys.meta_path:
             sys.meta_path.remove(self)
-            _register()
 
 
-def _register() -> None:
-    from modicum.adapters.registry import register
-
+def _register(name: str) -> None:
+    module, what = _REGISTRIES[name]
     try:
-        register()
+        importlib.import_module(module).register()
     except Exception as error:  # noqa: BLE001, one faulty third-party method must not take PEFT away
-        warnings.warn(
-            f"modicum could not make its methods known to PEFT: {error}", RuntimeWarning, stacklevel=2
-        )
+        warnings.warn(f"modicum could not make {what} known: {error}", RuntimeWarning, stacklevel=2)

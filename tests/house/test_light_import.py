@@ -52,7 +52,7 @@ def test_peft_knows_our_methods(imports):
         import sys, inspect
         {imports}
         from peft import mapping
-        from modicum._peft_hook import _Finder
+        from modicum._hooks import _Finder
         names = [kind.value for kind in mapping.PEFT_TYPE_TO_TUNER_MAPPING]
         assert not any(isinstance(finder, _Finder) for finder in sys.meta_path)
         assert "def get_peft_model" in inspect.getsource(sys.modules["peft"].mapping_func)
