@@ -82,7 +82,11 @@ def fit_grid(
     centre, half = ((low + high) / 2, (high - low) / 2) if zero_point == "float" else (None, None)
     for shrink in _SHRINK.tolist():
         # a free grid shrinks around its centre, one that holds 0 towards it
-        lo, hi = (low * shrink, high * shrink) if centre is None else (centre - half * shrink, centre + half * shrink)
+        lo, hi = (
+            (low * shrink, high * shrink)
+            if centre is None
+            else (centre - half * shrink, centre + half * shrink)
+        )
         grid = _grid(lo, hi, bits, zero_point, scale_dtype, offset_dtype)
         error = (_decoded(_encoded(w, grid, bits), grid, bits) - w).square_()
         loss = (error if h is None else error.mul_(h)).sum(-1)
@@ -109,7 +113,7 @@ def decode(codes: Tensor, grid: Grid, bits: int, block: tuple[int, int]) -> Tens
 
 
 def zero_points(grid: Grid, bits: int) -> Tensor:
-    """z = 2^(bits−1) − o/s, float32, in general no integers; shape as the scales."""
+    """The zero-points 2^(bits−1) − o/s, float32, in general no integers; shape as the scales."""
     if grid.offsets is None:
         return torch.full_like(grid.scales, middle(bits), dtype=torch.float32)
     return middle(bits) - grid.offsets.float() / grid.scales.float()
@@ -174,16 +178,19 @@ def _grid(
         scales = _positive((high - low) / steps, scale_dtype)
         zero = (-low / scales.float()).round().clamp(0, steps)
         return Grid(scales, (scales.float() * (mid - zero)).to(offset_dtype))
-    scales = _positive((high - low) / steps, scale_dtype)
-    # centred, so that rounding the scale moves both ends alike
-    offsets = (low + high) / 2 + scales.float() * (mid - steps / 2)
-    return Grid(scales, offsets.to(offset_dtype))
+    wanted = ((high - low) / steps).to(scale_dtype)
+    scales = _positive(wanted, scale_dtype)
+    # centred, so that rounding the scale moves both ends alike; a constant block is its own offset
+    shift = torch.where(scales == wanted, scales.float() * (mid - steps / 2), 0.0)
+    return Grid(scales, ((low + high) / 2 + shift).to(offset_dtype))
 
 
 def _positive(scales: Tensor, dtype: torch.dtype) -> Tensor:
     """`scales` in `dtype`, 1 where a block is constant: any step will do there."""
     scales = scales.to(dtype)
-    return torch.where(scales > torch.finfo(dtype).tiny, scales, torch.ones_like(scales))
+    # float16 scales of ordinary weights at 8 bits are subnormal; down to here they keep four digits
+    least = 2.0**-20 if dtype == torch.float16 else torch.finfo(dtype).tiny
+    return torch.where(scales > least, scales, torch.ones_like(scales))
 
 
 def _offsets(grid: Grid) -> Tensor:
