@@ -15,6 +15,10 @@ from transformers import (
 VOCABULARY = 67
 
 
+#: options of methods whose defaults are for wider models than these
+SMALL = {"qa_lora": {"pool": 16}, "qa_blora": {"pool": 16}}
+
+
 def llama(dtype: torch.dtype = torch.float32, *, tied: bool = False, seed: int = 0) -> LlamaForCausalLM:
     """A two-layer Llama with grouped-query attention, hidden 32."""
     torch.manual_seed(seed)

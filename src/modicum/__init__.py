@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 #: public name -> (module that defines it, its name there)
 _PUBLIC = {
+    "AffineConfig": ("modicum.quant.huggingface", "AffineConfig"),
     "LoraXSConfig": ("modicum.methods.lora_xs", "LoraXSConfig"),
     "export_lora": ("modicum.store.lora_export", "export_lora"),
     "get_method": ("modicum.adapters.registry", "get"),
@@ -34,6 +35,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "AffineConfig",
     "LoraXSConfig",
     "ModicumError",
     "__version__",

@@ -43,14 +43,15 @@ class _Finder(MetaPathFinder):
     """Finds nothing itself; wraps the loading of the modules it watches."""
 
     def __init__(self, waiting: list[str]) -> None:
-        self._waiting = waiting
+        #: modules with a registry that nobody has imported yet
+        self.waiting = waiting
         self._loading = 0
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """What the other finders find; for watched modules with a step after loading."""
-        if fullname not in self._waiting and not fullname.startswith(_OWN):
+        if fullname not in self.waiting and not fullname.startswith(_OWN):
             return None
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(fullname, path, target)
@@ -73,10 +74,11 @@ class _Finder(MetaPathFinder):
             self._loading -= 1
         if self._loading:
             return
-        for name in [name for name in self._waiting if name in sys.modules]:
-            self._waiting.remove(name)
-            _register(name)
-        if not self._waiting and self in sys.meta_path:
+        # one at a time: registering imports our own floors, which comes back here
+        while ready := [name for name in self.waiting if name in sys.modules]:
+            self.waiting.remove(ready[0])
+            _register(ready[0])
+        if not self.waiting and self in sys.meta_path:
             sys.meta_path.remove(self)
 
 

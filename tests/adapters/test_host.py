@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tests.models_for_tests import bert, gpt2, llama, tokens
+from tests.models_for_tests import SMALL, bert, gpt2, llama, tokens
 
 from modicum import LoraXSConfig
 from modicum.adapters import registry
@@ -23,10 +23,12 @@ from modicum.errors import (
     InexactMergeError,
     TargetError,
 )
+from modicum.train.methods import option_names
 
 
 def config_for(method, **options):
-    return registry.config_class(method)(**{"r": 4, "alpha": 8, "init_weights": False, **options})
+    values = {"r": 4, "alpha": 8, "init_weights": False, **SMALL.get(method, {}), **options}
+    return registry.config_class(method)(**values)
 
 
 @pytest.fixture(params=registry.names())
@@ -196,12 +198,16 @@ def test_adapter_names_are_never_ignored(method):
 def test_targets_that_cannot_be_adapted_are_refused_together(method):
     base = llama()
     before = [name for name, _ in base.named_modules()]
+    pooled = "pool" in option_names(method)
+    misfit, said = ({"pool": 7}, "does not divide its 32 inputs") if pooled else ({"r": 24}, "rank is larger")
     with pytest.raises(TargetError) as caught:
-        get_peft_model(base, config_for(method, target_modules=["embed_tokens", "q_porj", "v_proj"], r=24))
+        get_peft_model(
+            base, config_for(method, target_modules=["embed_tokens", "q_porj", "v_proj"], **misfit)
+        )
     message = str(caught.value)
     assert "embed_tokens (Embedding) cannot be adapted" in message
     assert "'q_porj' matches no layer (did you mean 'q_proj'" in message
-    assert "rank is larger" in message
+    assert said in message
     assert [name for name, _ in base.named_modules()] == before
 
 

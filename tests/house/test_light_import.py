@@ -54,11 +54,34 @@ def test_peft_knows_our_methods(imports):
         from peft import mapping
         from modicum._hooks import _Finder
         names = [kind.value for kind in mapping.PEFT_TYPE_TO_TUNER_MAPPING]
-        assert not any(isinstance(finder, _Finder) for finder in sys.meta_path)
+        assert not any(isinstance(f, _Finder) and "peft" in f.waiting for f in sys.meta_path)
         assert "def get_peft_model" in inspect.getsource(sys.modules["peft"].mapping_func)
         print(*names)
     """)
     assert "MODICUM_LORA_XS" in found.split()
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import modicum; from transformers import AutoModelForCausalLM as Model; Model.from_config",
+        "import modicum; import transformers.quantizers.auto",
+        "import transformers.quantizers.auto; import modicum",
+        "import modicum.quant.huggingface",
+        "from modicum import AffineConfig",
+    ],
+)
+def test_transformers_knows_our_quantized_checkpoints(imports):
+    found = _python(f"""
+        import sys
+        {imports}
+        from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as configs
+        from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as quantizers
+        from modicum._hooks import _Finder
+        assert not any(isinstance(f, _Finder) and "transformers.quantizers.auto" in f.waiting for f in sys.meta_path)
+        print(configs["modicum"].__name__, quantizers["modicum"].__name__)
+    """)
+    assert found.split() == ["AffineConfig", "AffineQuantizer"]
 
 
 def test_a_faulty_method_does_not_take_peft_away(tmp_path):

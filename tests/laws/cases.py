@@ -21,6 +21,10 @@ VARIANTS = {
         {"directions": "middle", "svd_mode": "exact"},
         {"dropout": 0.5},
     ],
+    "q_bara": [{}, {"pool": 4, "repeat": 1}, {"dropout": 0.5}],
+    "qa_hira": [{}, {"pool": 8, "repeat": 1}],
+    "qa_lora": [{"pool": 4}],
+    "qa_blora": [{"pool": 4, "repeat": 2}, {"pool": 1, "repeat": 3}],
 }
 
 METHODS = [(name, variant) for name in registry.names() for variant in VARIANTS.get(name, [{}])]
@@ -30,6 +34,18 @@ def method_id(case) -> str:
     """`lora_xs-core=diagonal` and the like, for test names."""
     name, variant = case
     return "-".join([name, *(f"{key}={value}" for key, value in variant.items())])
+
+
+def fitted(case, shape: dict) -> dict:
+    """The drawn shape, widened to a multiple of the method's blocks."""
+    name, variant = case
+    config = registry.config_class(name)(target_modules=["layer"], **variant)
+    repeat, pool = getattr(config, "repeat", 1), getattr(config, "pool", 1)
+    return {
+        **shape,
+        "in_features": -(-shape["in_features"] // pool) * pool,
+        "out_features": -(-shape["out_features"] // repeat) * repeat,
+    }
 
 
 #: relative tolerance of a matrix product in each dtype

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.laws.cases import METHODS, base_layer, close, method_id
+from tests.laws.cases import METHODS, base_layer, close, fitted, method_id
 from torch.nn import functional as F
 
 from modicum.adapters import registry
@@ -46,6 +46,7 @@ def adapted(case, shape, rank_share: float = 0.5, **options):
 @law
 @given(shape=shapes)
 def test_forward_is_base_plus_delta(case, shape):
+    shape = fitted(case, shape)
     base, model, layer, x = adapted(case, shape)
     delta = layer.get_delta_weight("default")
     assert delta.shape == (shape["out_features"], shape["in_features"])
@@ -57,6 +58,7 @@ def test_forward_is_base_plus_delta(case, shape):
 @law
 @given(shape=shapes)
 def test_update_is_zero_at_the_start(case, shape):
+    shape = fitted(case, shape)
     _, _, layer, _ = adapted(case, shape, init_weights=True)
     weight = layer.site.weight().float()
     largest = layer.get_delta_weight("default").abs().max()
@@ -67,6 +69,7 @@ def test_update_is_zero_at_the_start(case, shape):
 @law
 @given(shape=shapes)
 def test_merged_is_unmerged_and_unmerge_restores_every_bit(case, shape):
+    shape = fitted(case, shape)
     base, model, layer, x = adapted(case, shape)
     before = layer.base_layer.weight.detach().clone()
     unmerged = model(x)
@@ -85,6 +88,7 @@ def test_merged_is_unmerged_and_unmerge_restores_every_bit(case, shape):
 @law
 @given(shape=shapes)
 def test_state_holds_the_trained_numbers_and_nothing_else(case, shape):
+    shape = fitted(case, shape)
     name, _ = case
     _, model, _, x = adapted(case, shape)
     state = peft.get_peft_model_state_dict(model)
@@ -101,6 +105,7 @@ def test_state_holds_the_trained_numbers_and_nothing_else(case, shape):
 @law
 @given(shape=shapes)
 def test_gradient_reaches_every_trained_number_and_no_base_weight(case, shape):
+    shape = fitted(case, shape)
     _, model, _, x = adapted(case, {**shape, "dtype": torch.float32}, dropout=0.0)
     model.train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -118,6 +123,7 @@ def test_gradient_reaches_every_trained_number_and_no_base_weight(case, shape):
 @given(shape=shapes, seed=st.integers(0, 99))
 def test_gradient_is_that_of_the_dense_update(case, shape, seed):
     """Autograd through the cheap path equals autograd through the definition of truth."""
+    shape = fitted(case, shape)
     _, model, layer, x = adapted(case, {**shape, "dtype": torch.float32}, dropout=0.0)
     model.train()
     target = torch.randn(5, 3, shape["out_features"], generator=torch.Generator().manual_seed(seed))
@@ -136,6 +142,7 @@ def test_gradient_is_that_of_the_dense_update(case, shape, seed):
     rows=st.lists(st.sampled_from(["default", "two", "three", "__base__"]), min_size=1, max_size=7),
 )
 def test_mixed_batch_is_the_same_rows_one_at_a_time(case, shape, rows):
+    shape = fitted(case, shape)
     name, variant = case
     base, model, _, _ = adapted(case, shape, rank_share=1.0)
     full = model.peft_config["default"].r

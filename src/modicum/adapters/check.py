@@ -8,6 +8,7 @@ import torch
 from tqdm.auto import tqdm
 
 from modicum.adapters import basis as bases
+from modicum.adapters import registry
 from modicum.errors import (
     BaseMismatchError,
     BasisMismatchError,
@@ -46,13 +47,17 @@ def check_targets(named: Mapping[str, nn.Module], config: AdapterConfig, known: 
             f"{listing([f'{name} ({kind})' for name, kind in wrong])} cannot be adapted: only linear layers can "
             "(embeddings, convolutions and norms go into modules_to_save)"
         )
-    narrow = []
+    misfits = []
     for name, module in named.items():
         fmt = format_of(module)
-        if fmt is not None and config.rank_for(name) > min(fmt.shape(module)):
-            narrow.append(f"{name} {fmt.shape(module)} with r = {config.rank_for(name)}")
-    if narrow:
-        faults.append(f"the rank is larger than the layer: {listing(narrow)}; lower r or set rank_pattern")
+        if fmt is not None:
+            out, inner = fmt.shape(module)
+            reason = registry.get(config.method).misfit(inner, out, config.rank_for(name), config)
+            misfits += [f"{name} {(out, inner)}: {reason}"] if reason else []
+    if misfits:
+        faults.append(
+            f"{config.method} does not fit {listing(misfits, 8)}; change its options or exclude the layers"
+        )
     if faults:
         raise TargetError("; ".join(faults))
 

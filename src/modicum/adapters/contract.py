@@ -8,6 +8,7 @@ adapters, merging, saving, mixed batches) is built on that.
 from __future__ import annotations
 
 import abc
+import hashlib
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -30,8 +31,8 @@ class Adapter(nn.Module, abc.ABC):
     source: ClassVar[str]
     #: the dense update in one line of plain mathematics
     formula: ClassVar[str]
-    #: (q, p) when the update is constant on q×p blocks of the weight, which folds into zero-points
-    block: ClassVar[tuple[int, int] | None] = None
+    #: (q, p) when the update is constant on q×p blocks of the weight, which folds into offsets
+    block: tuple[int, int] | None = None
 
     def __init__(self, site: Site, config: AdapterConfig) -> None:
         super().__init__()
@@ -43,10 +44,25 @@ class Adapter(nn.Module, abc.ABC):
 
     site: Site
 
-    @staticmethod
+    @classmethod
     @abc.abstractmethod
-    def count(in_features: int, out_features: int, rank: int, config: AdapterConfig) -> int:
+    def count(cls, in_features: int, out_features: int, rank: int, config: AdapterConfig) -> int:
         """Trained numbers on a layer of the given shape, in closed form."""
+
+    @classmethod
+    def misfit(cls, in_features: int, out_features: int, rank: int, config: AdapterConfig) -> str | None:
+        """Why a layer of this shape cannot be adapted with `rank` and `config`; None when it can."""
+        del config
+        return (
+            f"the rank is larger than the layer (r = {rank})"
+            if rank > min(in_features, out_features)
+            else None
+        )
+
+    def generator(self, config: AdapterConfig) -> torch.Generator:
+        """The source of this adapter's initial values: the same for the same seed and layer name, on any machine."""
+        seed = hashlib.blake2b(f"{config.seed} {self.site.name}".encode(), digest_size=7).digest()
+        return torch.Generator().manual_seed(int.from_bytes(seed, "little"))
 
     @abc.abstractmethod
     def delta_weight(self) -> Tensor:
@@ -76,15 +92,10 @@ class Adapter(nn.Module, abc.ABC):
                 output = output.index_copy(0, mine, adapter(x[mine], base_output[mine]))
         return output
 
+    def block_values(self) -> Tensor:
+        """The update of each (q, p) block, (out/q, in/p) float32; for methods whose update has a `block`."""
+        raise NotImplementedError(f"{type(self).__name__} has no block")
+
     def lora_factors(self) -> tuple[Tensor, Tensor] | None:
         """Factors (B: (out, k), A: (k, in)) with scaling · B A equal to the update, if it is low-rank."""
         return None
-
-
-@torch.no_grad()
-def merge_delta(weight: Tensor, deltas: Sequence[Tensor]) -> Tensor:
-    """The (out, in) weight plus all updates, added in float32 and rounded once to the weight's dtype."""
-    total = weight.to(torch.float32)
-    for delta in deltas:
-        total = total + delta.to(total.device)
-    return total.to(weight.dtype)

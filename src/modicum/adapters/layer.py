@@ -10,11 +10,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from modicum.adapters import registry
-from modicum.adapters.contract import Adapter, merge_delta
-from modicum.errors import ConfigError, CorruptAdapterError
+from modicum.adapters.merge import merge, unmerge
+from modicum.errors import ConfigError
 
 if TYPE_CHECKING:
     from modicum.adapters.config import AdapterConfig
+    from modicum.adapters.contract import Adapter
     from modicum.adapters.mixed import Routing
     from modicum.adapters.site import Site
 
@@ -107,7 +108,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         return adapter_name in self.adapters
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold adapters into the base weight in place; the original is kept for an exact `unmerge`.
+        """Fold adapters into the base layer in place; what undoes it is kept for an exact `unmerge`.
 
         A result that is not finite is refused whatever `safe_merge` says: looking costs little.
 
@@ -119,26 +120,16 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adapters]
         if not names:
             return
-        original = self.site.weight()
-        deltas = [self.get_delta_weight(name) for name in [*self.merged_adapters, *names]]
-        merged = merge_delta(original, deltas)
-        if not torch.isfinite(merged).all():
-            raise CorruptAdapterError(
-                f"merging {', '.join(names)} into {self.site.name} gives NaN or infinite weights; the base model was "
-                "left as it was. Check the adapter with `modicum inspect`"
-            )
-        self.site.format.write(self.base_layer, merged)
-        self.site.original = original
+        wanted = [*self.merged_adapters, *names]
+        merge(self.site, {name: cast("Adapter", self.adapters[name]) for name in wanted})
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Put the original base weight back, bit for bit."""
+        """Put the original base layer back, bit for bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        assert self.site.original is not None
-        self.site.format.write(self.base_layer, self.site.original)
-        self.site.original = None
+        unmerge(self.site)
         self.merged_adapters.clear()
 
     def __repr__(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ class LayerBasis(nn.Module):
 class Site:
     """Name, shape, weight, bias and bases of one base layer.
 
-    The weight is always the unmerged one: while adapters are merged, the original is kept here.
+    The weight is always the unmerged one: while adapters are merged, what undoes them is kept here.
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
@@ -72,7 +72,8 @@ class Site:
         self.module = module
         self.format: BaseFormat = fmt
         self.out_features, self.in_features = fmt.shape(module)
-        self.original: Tensor | None = None
+        #: what undoes the merges into the layer, None while nothing is merged
+        self.saved: Any = None
         self.bases: nn.ModuleDict = nn.ModuleDict()
         self._specs: dict[str, BasisSpec] = {}
         self._given: dict[str | None, tuple[str, LayerFactors]] = {}
@@ -86,7 +87,7 @@ class Site:
     @property
     def device(self) -> torch.device:
         """Where the base weight lives."""
-        return cast("Tensor", self.module.weight).device
+        return self.format.device(self.module)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,7 +101,9 @@ class Site:
 
     def weight(self) -> Tensor:
         """The unmerged weight, (out, in), in the base layer's dtype; do not write to it."""
-        return self.original if self.original is not None else self.format.weight(self.module)
+        if self.saved is not None:
+            return self.format.saved_weight(self.module, self.saved)
+        return self.format.weight(self.module)
 
     def digest(self) -> str:
         """Digest of the unmerged weight rounded to bfloat16, computed once."""

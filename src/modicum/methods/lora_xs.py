@@ -15,7 +15,6 @@ Where the input is narrower than the output, A x is computed from x instead, whi
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast, final
 
@@ -103,8 +102,8 @@ class LoraXS(Adapter):
 
     basis: LayerBasis
 
-    @staticmethod
-    def count(in_features: int, out_features: int, rank: int, config: AdapterConfig) -> int:
+    @classmethod
+    def count(cls, in_features: int, out_features: int, rank: int, config: AdapterConfig) -> int:
         """r² trained numbers per layer whatever its size, r for a diagonal core."""
         del in_features, out_features
         return rank if cast("LoraXSConfig", config).core == "diagonal" else rank**2
@@ -180,7 +179,5 @@ class LoraXS(Adapter):
             core = core if core.ndim == 1 else core[:, : self.rank]
             return core.diag() if core.ndim != (1 if self.diagonal else 2) else core.clone()
         shape = (self.rank,) if self.diagonal else (self.rank, self.rank)
-        seed = hashlib.blake2b(f"{config.seed} {self.site.name}".encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(seed, "little"))
         std = INITIAL_STD if config.init_weights else 1.0 / self.rank
-        return torch.randn(shape, generator=generator) * std
+        return torch.randn(shape, generator=self.generator(config)) * std

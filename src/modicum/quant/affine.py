@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
@@ -11,68 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modicum.errors import ConfigError, InexactMergeError
-from modicum.ops.affine import BITS, Grid, ZeroPoint, decode, pack, packed_width, spread, unpack
+from modicum.ops.affine import Grid, decode, pack, packed_width, spread, unpack
 from modicum.quant import int4pack
 from modicum.quant.base import BaseFormat
 from modicum.quant.matmul import linear
+from modicum.quant.spec import DTYPES, AffineSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class AffineSpec:
-    """How the weight of one layer is stored; see `docs/design/quantized-bases.md`."""
-
-    bits: int = 4
-    #: (q, p): rows and columns that share a scale; (1, g) is a row group of g inputs
-    block: tuple[int, int] = (1, 128)
-    #: "float" and "integer" grids have offsets, "none" is symmetric
-    zero_point: ZeroPoint = "float"
-    scale_dtype: str = "bfloat16"
-    offset_dtype: str = "bfloat16"
-    #: (q', p') of the additional offsets that a merge has left, None without
-    offset_block: tuple[int, int] | None = None
-
-    def faults(self, out_features: int, in_features: int) -> list[str]:
-        """What is wrong with storing an (out, in) weight this way; empty if fine."""
-        faults = []
-        if self.bits not in BITS:
-            faults.append(f"bits = {self.bits!r}, must be one of {', '.join(map(str, BITS))}")
-        if self.zero_point not in ("float", "integer", "none"):
-            faults.append(f"zero_point = {self.zero_point!r}, must be float, integer or none")
-        for name in ("scale_dtype", "offset_dtype"):
-            if getattr(self, name) not in DTYPES:
-                faults.append(f"{name} = {getattr(self, name)!r}, must be one of {', '.join(DTYPES)}")
-        if self.zero_point == "integer" and self.offset_dtype != "float32":
-            # s · z has more digits than 16 bits hold
-            faults.append(f"zero_point = 'integer' needs offset_dtype = 'float32', not {self.offset_dtype!r}")
-        for block in (self.block, self.offset_block or (1, 1)):
-            faults += [
-                f"blocks of {size} {what} do not divide {features}; sizes that do: {', '.join(map(str, divisors(features)))}"
-                for size, features, what in ((block[0], out_features, "outputs"), (block[1], in_features, "inputs"))
-                if size < 1 or features % size
-            ]
-        return faults
-
-    def bits_per_weight(self, out_features: int, in_features: int) -> float:
-        """Bits stored for each weight: codes, scales and offsets."""
-        total = 8 * out_features * packed_width(in_features, self.bits)
-        blocks = out_features * in_features // math.prod(self.block)
-        total += blocks * 8 * DTYPES[self.scale_dtype].itemsize
-        if self.zero_point != "none":
-            total += blocks * 8 * DTYPES[self.offset_dtype].itemsize
-        if self.offset_block is not None:
-            total += out_features * in_features // math.prod(self.offset_block) * 32
-        return total / (out_features * in_features)
-
-
-def divisors(number: int, limit: int = 12) -> list[int]:
-    """The divisors of `number` that are useful as a block size: powers of two and their small multiples, largest last."""
-    found = [size for size in range(1, min(number, 256) + 1) if number % size == 0]
-    return found[-limit:]
 
 
 @final
@@ -87,6 +33,7 @@ class AffineLinear(nn.Linear):
     scales: Tensor
     offsets: Tensor | None
     block_offsets: Tensor | None
+    _like: Tensor
 
     def __init__(
         self,
@@ -119,7 +66,9 @@ class AffineLinear(nn.Linear):
             extra = torch.zeros(out_features // rows, in_features // columns, device=device)
         self.register_buffer("block_offsets", extra)
         # follows `.to(dtype)` like a weight would
-        self.register_buffer("_like", torch.empty(0, dtype=dtype or torch.get_default_dtype(), device=device), persistent=False)
+        self.register_buffer(
+            "_like", torch.empty(0, dtype=dtype or torch.get_default_dtype(), device=device), persistent=False
+        )
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
         # nothing for Transformers to initialise
         self._is_hf_initialized = True
@@ -184,8 +133,9 @@ class AffineLinear(nn.Linear):
         self.scales = grid.scales.to(DTYPES[self.spec.scale_dtype])
         self.offsets = None if grid.offsets is None else grid.offsets.to(DTYPES[self.spec.offset_dtype])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """X ŵᵀ + bias, shape (*batch, out)."""
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name for it
+        """The product of the input with ŵᵀ, plus the bias; shape (*batch, out)."""
+        x = input
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if not self.packed and not torch.is_grad_enabled() and self._wants_kernel(x):
@@ -225,7 +175,11 @@ class AffineLinear(nn.Linear):
 
     def _fits_kernel(self) -> bool:
         return self.codes.device.type == "cpu" and int4pack.fits(
-            self.out_features, self.in_features, self.spec.bits, self.spec.block, DTYPES[self.spec.scale_dtype]
+            self.out_features,
+            self.in_features,
+            self.spec.bits,
+            self.spec.block,
+            DTYPES[self.spec.scale_dtype],
         )
 
     def _wants_kernel(self, x: Tensor) -> bool:
@@ -275,7 +229,8 @@ class _ReadOnly(Tensor):
     def of(tensor: Tensor) -> Tensor:
         return tensor.as_subclass(_ReadOnly)
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # noqa: SLF001 - results are plain tensors
+    # results of operations are plain tensors
+    __torch_function__ = torch._C._disabled_torch_function_impl  # noqa: SLF001  # pyright: ignore[reportAssignmentType]
 
     @property
     def data(self) -> Tensor:
@@ -284,6 +239,7 @@ class _ReadOnly(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
+        del value
         raise InexactMergeError(
             "a quantized weight cannot be assigned: this is a copy of it. Merge with `modicum merge`, which folds "
             "what can be folded exactly and says what the rest costs"
@@ -295,6 +251,7 @@ class Affine(BaseFormat):
     """`AffineLinear`: our own codes, scales and offsets."""
 
     name = "affine"
+    foldable = True
 
     def matches(self, module: nn.Module) -> bool:
         """Whether `module` is an `AffineLinear`."""
@@ -313,6 +270,35 @@ class Affine(BaseFormat):
         """The number type the layer computes in."""
         return cast("AffineLinear", module).dtype
 
+    def device(self, module: nn.Module) -> torch.device:
+        """Where the codes live."""
+        return cast("AffineLinear", module).codes.device
+
+    def fold(self, module: nn.Module, values: Tensor, block: tuple[int, int]) -> None:
+        """Add the update to the offsets; codes and scales stay. Exact up to one float32 rounding of the offset."""
+        fold(cast("AffineLinear", module), values, block)
+
+    def snapshot(self, module: nn.Module) -> tuple[AffineSpec, Tensor | None, Tensor | None]:
+        """The spec and both kinds of offsets; all that `fold` changes."""
+        layer = cast("AffineLinear", module)
+        return layer.spec, layer.grid().offsets, layer.block_offsets
+
+    def restore(self, module: nn.Module, saved: tuple[AffineSpec, Tensor | None, Tensor | None]) -> None:
+        """Put spec and offsets back."""
+        layer = cast("AffineLinear", module)
+        layer.unpack_layout()
+        layer.spec, layer.offsets, layer.block_offsets = saved
+
+    def saved_weight(
+        self, module: nn.Module, saved: tuple[AffineSpec, Tensor | None, Tensor | None]
+    ) -> Tensor:
+        """The weight with the offsets of the snapshot."""
+        layer, (spec, offsets, block_offsets) = cast("AffineLinear", module), saved
+        weight = decode(layer.unpacked_codes(), Grid(layer.grid().scales, offsets), spec.bits, spec.block)
+        if block_offsets is not None and spec.offset_block is not None:
+            weight += spread(block_offsets, spec.offset_block)
+        return weight
+
 
 def fold(layer: AffineLinear, values: Tensor, block: tuple[int, int]) -> None:
     """Adds the weight update spread(values, block) to `layer` in place: offsets change, codes and scales do not.
@@ -324,7 +310,11 @@ def fold(layer: AffineLinear, values: Tensor, block: tuple[int, int]) -> None:
     spec, values = layer.spec, values.detach().float()
     (q, p), (rows, columns) = block, spec.block
     if q % rows == 0 and p % columns == 0:
-        offsets = torch.zeros_like(layer.scales, dtype=torch.float32) if layer.offsets is None else layer.offsets.float()
+        offsets = (
+            torch.zeros_like(layer.scales, dtype=torch.float32)
+            if layer.offsets is None
+            else layer.offsets.float()
+        )
         layer.offsets = offsets + spread(values, (q // rows, p // columns)).to(offsets.device)
         layer.spec = replace(spec, zero_point="float", offset_dtype="float32")
         return

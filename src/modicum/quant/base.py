@@ -10,7 +10,7 @@ import abc
 import functools
 import importlib
 import pkgutil
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from modicum.errors import InexactMergeError
 
@@ -26,6 +26,8 @@ class BaseFormat(abc.ABC):
     name: str
     #: whether `write` keeps every number of the merged weight (up to rounding to the weight's dtype)
     mergeable: bool = False
+    #: whether `fold` takes updates that are constant on blocks, exactly
+    foldable: bool = False
 
     @abc.abstractmethod
     def matches(self, module: nn.Module) -> bool:
@@ -43,6 +45,10 @@ class BaseFormat(abc.ABC):
         """The floating dtype that `weight` has."""
         return cast("Tensor", module.weight).dtype
 
+    def device(self, module: nn.Module) -> torch.device:
+        """Where the layer's numbers live."""
+        return cast("Tensor", module.weight).device
+
     def write(self, module: nn.Module, weight: Tensor) -> None:
         """Replace the layer's weight by `weight` (out, in).
 
@@ -54,6 +60,30 @@ class BaseFormat(abc.ABC):
             f"a {self.name} weight ({type(module).__name__}) cannot take a merged update exactly; load the base model "
             "in float32, bfloat16 or float16 and merge there, or keep the adapter separate"
         )
+
+    def fold(self, module: nn.Module, values: Tensor, block: tuple[int, int]) -> None:
+        """Add the update with `values` (out/q, in/p) on (q, p) blocks to the layer in place, exactly.
+
+        Raises:
+            InexactMergeError: this format cannot take it.
+        """
+        del values, block
+        raise InexactMergeError(
+            f"a {self.name} weight ({type(module).__name__}) has no offsets to fold an update into"
+        )
+
+    def snapshot(self, module: nn.Module) -> Any:
+        """What `restore` and `saved_weight` need to undo merges bit for bit; shares memory, costs nothing."""
+        return self.weight(module)
+
+    def restore(self, module: nn.Module, saved: Any) -> None:
+        """Put the layer back to what it was at `snapshot`."""
+        self.write(module, saved)
+
+    def saved_weight(self, module: nn.Module, saved: Any) -> Tensor:
+        """The weight (out, in) as it was at `snapshot`."""
+        del module
+        return saved
 
     def prepare(self, module: nn.Module) -> None:  # noqa: B027 - most formats need none
         """Called once when a layer is first adapted, before its weight is read; may change how it runs."""

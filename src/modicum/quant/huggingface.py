@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,10 +16,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from modicum.errors import ConfigError, CorruptAdapterError, did_you_mean, listing
 from modicum.ops.affine import encode, fit_grid
-from modicum.quant.affine import DTYPES, AffineLinear, AffineSpec
+from modicum.quant.affine import AffineLinear
+from modicum.quant.spec import DTYPES, AffineSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 METHOD = "modicum"
 #: version of the tensors on disk; a reader refuses newer ones
@@ -131,7 +131,11 @@ class AffineQuantizer(HfQuantizer):
             spec = self.quantization_config.spec(stored_name)
             with torch.device("meta"):
                 layer = AffineLinear(
-                    linear.in_features, linear.out_features, spec, linear.bias is not None, linear.weight.dtype
+                    linear.in_features,
+                    linear.out_features,
+                    spec,
+                    linear.bias is not None,
+                    linear.weight.dtype,
                 )
             model.set_submodule(name, layer.requires_grad_(False))
 
@@ -165,17 +169,17 @@ class AffineQuantizer(HfQuantizer):
                 model.set_submodule(name, dense_linear(module, dtype or module.dtype))
         return model
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self, **_: Any) -> bool:
         """Whether it can be saved: yes."""
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether adapters on it can be trained: yes."""
         return True
 
     @property
-    def is_compileable(self) -> bool:
+    def is_compileable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether `torch.compile` takes it: yes."""
         return True
 
@@ -223,7 +227,9 @@ def quantized_linear(linear: nn.Linear, spec: AffineSpec, clip: Any = "minmax") 
 
 def dense_linear(layer: AffineLinear, dtype: torch.dtype) -> nn.Linear:
     """The same layer with its weight dequantized to `dtype`."""
-    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta", dtype=dtype)
+    linear = nn.Linear(
+        layer.in_features, layer.out_features, layer.bias is not None, device="meta", dtype=dtype
+    )
     linear.weight = nn.Parameter(layer.dequantized().to(dtype), requires_grad=False)
     linear.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().to(dtype))
     return linear

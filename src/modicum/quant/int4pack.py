@@ -34,7 +34,9 @@ def available() -> bool:
     return packed.shape == (_RUN, 16) and torch.equal(unpacked(packed).int(), codes)
 
 
-def fits(out_features: int, in_features: int, bits: int, block: tuple[int, int], scale_dtype: torch.dtype) -> bool:
+def fits(
+    out_features: int, in_features: int, bits: int, block: tuple[int, int], scale_dtype: torch.dtype
+) -> bool:
     """Whether a layer of this shape and grid can be held in the kernel's layout without a loss."""
     rows, group = block
     shape = rows == 1 and group in GROUPS and in_features % group == 0 and out_features % _RUN == 0
@@ -70,7 +72,7 @@ def grid_of(pair: Tensor, rest: Tensor | None) -> Grid:
 
 
 def few_rows(x: Tensor, codes: Tensor, pair: Tensor, rest: Tensor | None) -> Tensor:
-    """x ŵᵀ for bfloat16 x (rows, in), shape (rows, out)."""
+    """The product x ŵᵀ for bfloat16 x (rows, in), shape (rows, out)."""
     group = x.shape[1] // pair.shape[0]
     y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, group, pair)  # noqa: SLF001 - no public name
     if rest is None:
@@ -79,9 +81,7 @@ def few_rows(x: Tensor, codes: Tensor, pair: Tensor, rest: Tensor | None) -> Ten
     return y.add_(F.linear(sums, rest))
 
 
-def dequantize_runs(
-    codes: Tensor, pair: Tensor, rest: Tensor | None, columns: int, out: Tensor
-) -> None:
+def dequantize_runs(codes: Tensor, pair: Tensor, rest: Tensor | None, columns: int, out: Tensor) -> None:
     """Writes the transposed weight ŵᵀ (in, rows) of the runs in `codes` (rows, in/2) into `out`."""
     rows, groups = codes.shape[0], pair.shape[0]
     runs = rows // _RUN

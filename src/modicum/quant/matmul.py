@@ -108,9 +108,7 @@ def _(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
 
 
 @_linear_input.register_fake
-def _(
-    grad: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, columns: int, *_: Any
-) -> Tensor:
+def _(grad: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, columns: int, *_: Any) -> Tensor:
     del codes, scales, offsets
     return grad.new_empty(*grad.shape[:-1], columns)
 
@@ -176,10 +174,10 @@ def _dequantize_rows(
 ) -> None:
     """Writes the weight (rows, in) of packed `codes` into `out`."""
     q, p = block
-    grid = [None if part is None else spread(part.to(torch.float32), (q, 1)).unsqueeze(-1) for part in (scales, offsets)]
-    centred = unpack(codes, bits, columns).to(torch.float32) - middle(bits)
-    weight = centred.view(len(codes), -1, p) * grid[0]
-    weight = weight if grid[1] is None else weight + grid[1]
+    weight = unpack(codes, bits, columns).to(torch.float32) - middle(bits)
+    weight = weight.view(len(codes), -1, p) * spread(scales.to(torch.float32), (q, 1)).unsqueeze(-1)
+    if offsets is not None:
+        weight = weight + spread(offsets.to(torch.float32), (q, 1)).unsqueeze(-1)
     out.copy_(weight.view(len(codes), columns))
 
 
