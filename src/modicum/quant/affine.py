@@ -20,6 +20,11 @@ from modicum.quant.spec import DTYPES, AffineSpec
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_NO_ASSIGNMENT = (
+    "a quantized weight cannot be assigned: what `weight` returns is a copy. Merge with `modicum merge`, which "
+    "folds what can be folded exactly and says what the rest costs"
+)
+
 
 @final
 class AffineLinear(nn.Linear):
@@ -102,6 +107,12 @@ class AffineLinear(nn.Linear):
         if self.codes.is_meta:
             return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
         return _ReadOnly.of(self.dequantized().to(self.dtype))
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        # PEFT hands a layer's own weight back to it when it unloads adapters
+        if not isinstance(value, _ReadOnly):
+            raise InexactMergeError(_NO_ASSIGNMENT)
 
     def dequantized(self) -> Tensor:
         """The weight (out, in) in float32."""
@@ -240,10 +251,7 @@ class _ReadOnly(Tensor):
     @data.setter
     def data(self, value: Tensor) -> None:
         del value
-        raise InexactMergeError(
-            "a quantized weight cannot be assigned: this is a copy of it. Merge with `modicum merge`, which folds "
-            "what can be folded exactly and says what the rest costs"
-        )
+        raise InexactMergeError(_NO_ASSIGNMENT)
 
 
 @final

@@ -1,0 +1,146 @@
+"""The training forward is the merged artifact's forward, for every (method, bits, block, zero-point) that claims it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import get_peft_model
+from tests.laws.cases import OneLayer
+from torch import nn
+
+from modicum.adapters import registry
+from modicum.errors import InexactMergeError
+from modicum.quant.huggingface import quantized_linear
+from modicum.quant.spec import AffineSpec
+
+EXACT = [name for name in registry.names() if "pool" in registry.config_class(name).__dataclass_fields__]
+BLOCKS = [(1, 8), (1, 16), (1, 32), (1, 64), (4, 4), (8, 4), (2, 32)]
+law = settings(max_examples=40, deadline=None, derandomize=True)
+
+bases = st.fixed_dictionaries(
+    {
+        "bits": st.sampled_from([2, 3, 4, 8]),
+        "block": st.sampled_from(BLOCKS),
+        "zero_point": st.sampled_from(["float", "integer", "none"]),
+        "rows": st.integers(1, 3).map(lambda n: 64 * n),
+        "columns": st.integers(1, 3).map(lambda n: 64 * n),
+        "bias": st.booleans(),
+        "seed": st.integers(0, 5),
+    }
+)
+adapter_blocks = st.tuples(st.sampled_from([1, 2, 4, 8, 16]), st.sampled_from([1, 2, 4, 8, 16, 32, 64]))
+
+
+def quantized(base) -> OneLayer:
+    torch.manual_seed(base["seed"])
+    linear = nn.Linear(base["columns"], base["rows"], bias=base["bias"])
+    offsets = "float32" if base["zero_point"] == "integer" else "bfloat16"
+    spec = AffineSpec(base["bits"], base["block"], base["zero_point"], offset_dtype=offsets)
+    return OneLayer(quantized_linear(linear.requires_grad_(False), spec))
+
+
+def adapted(method, base, block, **options):
+    repeat, pool = block
+    values = {"pool": pool, **({"repeat": repeat} if method != "qa_lora" else {})}
+    config = registry.config_class(method)(
+        r=3, alpha=6, target_modules=["layer"], init_weights=False, **values, **options
+    )
+    return get_peft_model(quantized(base), config).eval()
+
+
+def fixed(layer):
+    return layer.codes.clone(), layer.scales.clone()
+
+
+@pytest.mark.parametrize("method", EXACT)
+@law
+@given(base=bases, block=adapter_blocks)
+def test_merging_moves_offsets_only_and_changes_no_output(method, base, block):
+    model = adapted(method, base, block)
+    layer = model.base_model.model.layer
+    before, weight, delta = fixed(layer.base_layer), layer.site.weight(), layer.get_delta_weight("default")
+    x = torch.randn(9, base["columns"], generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        plain, unmerged = layer.base_layer(x), model(x)
+        merged_model = model.merge_and_unload()
+        merged = merged_model(x)
+    after = merged_model.layer
+    assert all(torch.equal(a, b) for a, b in zip(before, fixed(after), strict=True))
+    # one rounding of each offset, and one of the sum
+    largest = (weight.abs() + delta.abs()).max().item() + after.grid().scales.abs().max().item() * 2**7
+    assert (after.dequantized() - (weight + delta)).abs().max() <= 2**-22 * largest
+    size = unmerged.abs().max() + plain.abs().max()
+    assert (merged - unmerged).abs().max() <= 4e-6 * size
+    assert (unmerged - plain).abs().max() > 1e-3 * size
+
+
+@pytest.mark.parametrize("method", EXACT)
+@law
+@given(base=bases, block=adapter_blocks, rows=st.sampled_from([1, 3, 40]))
+def test_in_bfloat16_too_few_rows_or_many(method, base, block, rows):
+    """bfloat16 rounds outputs; what it must not do is round offsets, which would lose a part of small updates."""
+    model = adapted(method, base, block)
+    layer = model.base_model.model.layer
+    with torch.no_grad():
+        for parameter in layer.adapters["default"].parameters():
+            parameter.mul_(0.1)
+    exact = torch.randn(rows, base["columns"], generator=torch.Generator().manual_seed(1)).bfloat16()
+    with torch.no_grad():
+        base_output = layer.base_layer(exact.float())
+        wanted = model(exact.float())
+        merged = model.bfloat16().merge_and_unload()
+        got = merged(exact).float()
+    assert merged.layer.grid().scales.dtype == torch.bfloat16
+    error = (got - wanted).norm() / wanted.norm()
+    assert error < 2**-7
+    # the error is no part of the update: projected on it, next to nothing is lost
+    effect = wanted - base_output
+    lost = ((got - wanted) * effect).sum() / effect.square().sum()
+    noise = 2**-8 * wanted.norm() / (effect.norm() * (wanted.numel() ** 0.5)) * 8
+    assert abs(lost) < 0.01 + noise
+
+
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged")
+@pytest.mark.parametrize("method", EXACT)
+@law
+@given(base=bases, block=adapter_blocks, other=adapter_blocks)
+def test_two_adapters_merge_and_unmerge_bit_for_bit(method, base, block, other):
+    model = adapted(method, base, block)
+    repeat, pool = other
+    values = {"pool": pool, **({"repeat": repeat} if method != "qa_lora" else {})}
+    model.add_adapter(
+        "two",
+        registry.config_class(method)(
+            r=2, target_modules=["layer"], init_weights=False, seed=1, **values
+        ),
+    )
+    layer = model.base_model.model.layer
+    weight, spec = layer.site.weight(), layer.base_layer.spec
+    deltas = layer.get_delta_weight("default") + layer.get_delta_weight("two")
+    model.merge_adapter(["default"])
+    model.merge_adapter(["two"])
+    merged = layer.base_layer.dequantized()
+    size = (weight.abs() + deltas.abs()).max() + layer.base_layer.grid().scales.abs().max() * 2**7
+    assert (merged - weight - deltas).abs().max() <= 2**-21 * size
+    assert torch.equal(layer.site.weight(), weight)
+    model.unmerge_adapter()
+    assert torch.equal(layer.base_layer.dequantized(), weight)
+    assert layer.base_layer.spec == spec
+
+
+def test_an_update_that_is_not_constant_on_blocks_is_refused():
+    base = {"bits": 4, "block": (1, 32), "zero_point": "float", "rows": 64, "columns": 64, "bias": True, "seed": 0}
+    model = get_peft_model(
+        quantized(base), registry.config_class("lora_xs")(r=4, target_modules=["layer"], init_weights=False)
+    )
+    layer = model.base_model.model.layer
+    weight = layer.site.weight()
+    with pytest.raises(InexactMergeError, match="not constant on blocks"):
+        model.merge_and_unload()
+    assert torch.equal(layer.base_layer.dequantized(), weight)
+
+
+def test_every_method_with_blocks_is_here():
+    assert {"q_bara", "qa_hira", "qa_lora", "qa_blora"} <= set(EXACT)
