@@ -37,13 +37,17 @@ def load_base(
 
     A classification head that the checkpoint lacks is drawn from torch's global generator: seed it first.
     The dtype 'auto' is that of the checkpoint on a GPU and float32 without one, where 16 bits are slower.
-    With `tokenizer`, its pad token becomes the model's, which classification of batches needs.
+    With `tokenizer`, its pad token becomes the model's, which classification of batches needs. A quantized
+    checkpoint is loaded so that any adapter can be trained on it, PEFT's included.
 
     Raises:
         ConfigError: no such model, no model for this task, or weights besides the head are missing.
+        MissingExtraError: a quantized checkpoint whose library is not installed.
     """
     import torch
     import transformers
+
+    from modicum.quant.base import loading_options, prepare_model
 
     path = resolve(name_or_path)
     if dtype == "auto" and not torch.cuda.is_available():
@@ -61,13 +65,16 @@ def load_base(
             options["label2id"] = {name: index for index, name in enumerate(label_names)}
     with quiet_transformers():
         try:
+            raw, _ = transformers.PretrainedConfig.get_config_dict(path, revision=revision)
+            quantized = raw.get("quantization_config") or {}
+            options |= loading_options(quantized.get("quant_method", ""))
             model, info = factory.from_pretrained(path, output_loading_info=True, **options)
         except (OSError, ValueError) as error:
             raise ConfigError(_no_model(name_or_path, error)) from error
     _check_missing(name_or_path, info["missing_keys"], task)
     if tokenizer is not None and tokenizer.pad_token_id is not None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    return model.eval()
+    return prepare_model(model.eval())
 
 
 def load_tokenizer(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -188,6 +195,8 @@ def quiet_transformers() -> Iterator[None]:
         with warnings.catch_warnings():
             # PEFT still reads names that Transformers renames
             warnings.simplefilter("ignore", FutureWarning)
+            # how a quantized checkpoint is loaded can only be said this way
+            warnings.filterwarnings("ignore", message="You passed `quantization_config`")
             yield
     finally:
         logging.set_verbosity(level)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import abc
 import functools
 import importlib
+import importlib.util
 import pkgutil
 from typing import TYPE_CHECKING, Any, cast
 
-from modicum.errors import InexactMergeError
+from modicum.errors import InexactMergeError, MissingExtraError
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,8 @@ class BaseFormat(abc.ABC):
     mergeable: bool = False
     #: whether `fold` takes updates that are constant on blocks, exactly
     foldable: bool = False
+    #: the `quant_method` that config.json of a checkpoint in this format names
+    quant_method: str | None = None
 
     @abc.abstractmethod
     def matches(self, module: nn.Module) -> bool:
@@ -86,7 +89,19 @@ class BaseFormat(abc.ABC):
         return saved
 
     def prepare(self, module: nn.Module) -> None:  # noqa: B027 - most formats need none
-        """Called once when a layer is first adapted, before its weight is read; may change how it runs."""
+        """Make `module` fit to be read and trained on, in place; calling it again changes nothing.
+
+        Raises:
+            TargetError: the layer runs in a way that loses gradients or has lost its weight.
+        """
+
+    def loading_options(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained` that load a checkpoint of this format so that it can be trained on.
+
+        Raises:
+            MissingExtraError: the library that reads it is not installed.
+        """
+        return {}
 
 
 @functools.cache
@@ -105,3 +120,37 @@ def formats() -> list[BaseFormat]:
 def format_of(module: nn.Module) -> BaseFormat | None:
     """The format of `module`, or None when it is no linear layer we know."""
     return next((fmt for fmt in formats() if fmt.matches(module)), None)
+
+
+def prepare_model(model: nn.Module) -> nn.Module:
+    """`model` with every layer made fit to be read and trained on, in place, whoever adapts it afterwards.
+
+    Some libraries change packed weights for their inference kernels at the first evaluation; training after
+    that loses gradients without an error. Call it after loading a quantized model that PEFT's own adapters
+    will go on; our adapters do it themselves, and so does `load_base`.
+
+    Raises:
+        TargetError: a layer cannot be trained on; it names what to load instead.
+    """
+    for module in list(model.modules()):
+        fmt = format_of(module)
+        if fmt is not None:
+            fmt.prepare(module)
+    return model
+
+
+def loading_options(quant_method: str) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for a checkpoint whose config.json names `quant_method`; none if unknown.
+
+    Raises:
+        MissingExtraError: the library that reads it is not installed.
+    """
+    fmt = next((fmt for fmt in formats() if fmt.quant_method == quant_method), None)
+    return {} if fmt is None else fmt.loading_options()
+
+
+def require(modules: tuple[str, ...], what: str, remedy: str) -> None:
+    """Refuses to load `what` where one of `modules` is not installed; `remedy` says what to do."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(f"{what} needs {' and '.join(missing)}, which is not installed: {remedy}")

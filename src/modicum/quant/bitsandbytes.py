@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
 
-from modicum.quant.base import BaseFormat
+from modicum.quant.allocator import keep_freed_memory
+from modicum.quant.base import BaseFormat, require
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+_REMEDY = "pip install 'modicum[quant]'"
 
 
 def _bnb() -> Any:
@@ -26,6 +30,7 @@ class Bitsandbytes4bit(BaseFormat):
     """`Linear4bit`: NF4 or FP4 codes in blocks, no zero-point."""
 
     name = "bitsandbytes 4-bit"
+    quant_method = "bitsandbytes"
 
     def matches(self, module: nn.Module) -> bool:
         """Whether `module` is a bitsandbytes `Linear4bit`."""
@@ -48,14 +53,21 @@ class Bitsandbytes4bit(BaseFormat):
         """Undo and forbid the in-place repacking of weights in evaluation on AVX512-BF16 processors.
 
         Repacked weights lose the gradient to the input without an error, and dequantize to garbage
-        (bitsandbytes #2078).
+        (bitsandbytes #2078). Freed memory is kept from then on: see `keep_freed_memory`.
         """
         linear = cast("Any", module)
+        if linear.weight.device.type == "cpu":
+            keep_freed_memory()
         state = linear.weight.quant_state
         if getattr(state, "packing_format_for_cpu", False):
             unpack = _bnb().functional._convert_weight_packed_for_cpu_inverse  # noqa: SLF001 - no public inverse
             linear.weight.data, linear.weight.quant_state = unpack(linear.weight.data, state)
         linear.support_avx512bf16_for_cpu = False
+
+    def loading_options(self) -> dict[str, Any]:
+        """None; both kinds of layers are read by the same library."""
+        require(("bitsandbytes",), "a checkpoint quantized by bitsandbytes", _REMEDY)
+        return {}
 
 
 @final
@@ -83,3 +95,8 @@ class Bitsandbytes8bit(BaseFormat):
         """float32: rows are dequantized with float32 scales."""
         del module
         return torch.float32
+
+    def prepare(self, module: nn.Module) -> None:
+        """Keep freed memory: a training step dequantizes the weight each time."""
+        if cast("Tensor", module.weight).device.type == "cpu":
+            keep_freed_memory()
