@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests import models_for_tests as models
 from tests.small_checkpoints import bert, llama, recipe_values
 
 from modicum.models.loading import load_base
 from modicum.train.methods import BASELINES, apply_method, head_parameters, method_names, trained_values
 from modicum.train.recipe import MethodOptions, make_recipe
 
-SMALL = {"vera": {"r": 4}, "tiny_lora": {"u": 4}, "psoft": {"r": 4}, "lora_xs": {"r": 4}}
+SMALL = {"vera": {"r": 4}, "tiny_lora": {"u": 4}, "psoft": {"r": 4}, "lora_xs": {"r": 4}} | models.SMALL
 
 
 @pytest.mark.parametrize("name", method_names())

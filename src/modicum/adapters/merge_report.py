@@ -1,8 +1,8 @@
 """What merging an adapter costs: the same real tokens through the unmerged and the merged model.
 
 A merged weight is rounded to the base model's dtype. bfloat16 keeps 8 bits of a weight, and an update smaller
-than the last of them is lost. So the error is set against two things: the logits, and the adapter's own
-effect on them.
+than the last of them is lost; low-bit codes lose far more. So the error is set against two things: the logits,
+and the adapter's own effect on them.
 """
 
 from __future__ import annotations
@@ -66,12 +66,20 @@ class MergeReport:
 
 @torch.no_grad()
 def merge_error(
-    model: PeftModel, batch: Mapping[str, Tensor], dtype: torch.dtype | None = None, *, worst: int = 5
+    model: PeftModel,
+    batch: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    *,
+    merged_layers: Mapping[str, nn.Module] | None = None,
+    kept: str | None = None,
+    worst: int = 5,
 ) -> MergeReport:
     """How the merged model would differ from `model` on `batch` (what the model's forward takes).
 
     The merged weights are rounded to `dtype` (by default they keep the base's) and put back afterwards; the
-    computation stays in the model's own dtype, so only the rounding shows when that is float32.
+    computation stays in the model's own dtype, so only the rounding shows when that is float32. `merged_layers`
+    are what the adapted layers (by their name in `model`) would become where merging in place will not do, as
+    with quantized bases, and `kept` says in words what they are stored as.
 
     Raises:
         ConfigError: the model carries merged adapters already, or nothing that can be merged.
@@ -84,14 +92,14 @@ def merge_error(
     training = model.training
     model.eval()
     found: list[LayerError] = []
-    with _measuring(layers, dtype, found):
+    with _measuring(layers, dtype, found, merged_layers):
         unmerged = _logits(model, batch)
     with model.disable_adapter():
         base = _logits(model, batch)
-    with _merged(layers.values(), dtype):
+    with _merged(layers.values(), dtype) if merged_layers is None else _replaced(model, merged_layers):
         merged = _logits(model, batch)
     model.train(training)
-    kept = str(dtype or _weight(next(iter(layers.values()))).dtype).removeprefix("torch.")
+    kept = kept or str(dtype or _weight(next(iter(layers.values()))).dtype).removeprefix("torch.")
     norm, effect = unmerged.norm().item(), (unmerged - base).norm().item()
     error = (merged - unmerged).norm().item()
     found.sort(key=lambda layer: -layer.error)
@@ -137,14 +145,33 @@ def _merged(layers: Any, dtype: torch.dtype | None) -> Iterator[None]:
 
 
 @contextmanager
+def _replaced(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """While open, `layers` stand in the places of the modules of these names."""
+    kept = {name: model.get_submodule(name) for name in layers}
+    try:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+        yield
+    finally:
+        for name, layer in kept.items():
+            model.set_submodule(name, layer)
+
+
+@contextmanager
 def _measuring(
-    layers: Mapping[str, Any], dtype: torch.dtype | None, found: list[LayerError]
+    layers: Mapping[str, Any],
+    dtype: torch.dtype | None,
+    found: list[LayerError],
+    merged_layers: Mapping[str, nn.Module] | None,
 ) -> Iterator[None]:
-    """While open, every layer that runs is merged for a moment and compared with itself."""
+    """While open, every layer that runs is compared with what it becomes when merged."""
 
     def compare(name: str, layer: Any, inputs: tuple, keywords: dict, output: Tensor) -> None:
-        with _merged([layer], dtype):
-            merged = layer.get_base_layer()(*inputs, **keywords)
+        if merged_layers is not None:
+            merged = merged_layers[name](*inputs, **keywords)
+        else:
+            with _merged([layer], dtype):
+                merged = layer.get_base_layer()(*inputs, **keywords)
         norm = output.double().norm().item()
         error = (merged.double() - output.double()).norm().item()
         found.append(LayerError(name.removeprefix("base_model.model."), error / norm if norm else 0.0))

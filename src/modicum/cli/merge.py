@@ -14,14 +14,23 @@ def run(
     adapter: Annotated[Path, typer.Option(help="A .modicum file or a PEFT folder.")],
     output: Annotated[Path, typer.Option(help="The folder to write.")],
     dtype: Annotated[
-        str, typer.Option(help="Type of the merged weights: auto (as stored), float32, bfloat16 or float16.")
+        str,
+        typer.Option(
+            help="Type of the merged weights: auto (what the base is, quantized or as loaded), or dense in "
+            "float32, bfloat16 or float16."
+        ),
     ] = "auto",
     text: Annotated[
         Path | None,
         typer.Option(help="Measure on the lines of this text file instead of the bundled examples."),
     ] = None,
     allow_inexact: Annotated[
-        bool, typer.Option("--allow-inexact", help="Write even if the error exceeds the tolerance.")
+        bool,
+        typer.Option(
+            "--allow-inexact",
+            help="Write even if the error exceeds the tolerance; what a quantized base cannot take exactly is "
+            "quantized again with error feedback.",
+        ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure only, write nothing.")] = False,
     as_json: JsonFlag = False,
@@ -29,9 +38,10 @@ def run(
     """Write the base model with the adapter folded in as a normal model folder, tokenizer included.
 
     First runs real text through the unmerged and the merged model and reports the difference. Refuses when it
-    exceeds what rounding to the output's type has to cost.
+    exceeds what rounding to the output's type has to cost. A quantized base stays quantized: its codes and scales
+    are kept bit for bit, and its offsets take the updates of q_bara, qa_hira, qa_lora and qa_blora exactly.
     """
-    from modicum.store.convert import merge_to_folder
+    from modicum.compress.merge import merge_to_folder
 
     result = merge_to_folder(
         model,
@@ -68,6 +78,11 @@ def _show(result: Any) -> Any:
         ["effect of the adapter", f"{report.effect:.2e}"],
         ["lost by merging", f"{report.lost:.2%} of that"],
         *([f"worst layer {n}", f"{w.name} {w.error:.1e}"] for n, w in enumerate(report.worst_layers[:3], 1)),
+        *(
+            [["bits per weight", f"{result.bits_before:.3g} before, {result.bits_after:.3g} after"]]
+            if result.bits_before and result.bits_after
+            else []
+        ),
         ["output", f"{result.output} (nothing written)" if result.dry_run else str(result.output)],
         *([f"  {name}", f"{size:,} bytes"] for name, size in result.files.items()),
     ]

@@ -169,17 +169,17 @@ class AffineQuantizer(HfQuantizer):
                 model.set_submodule(name, dense_linear(module, dtype or module.dtype))
         return model
 
-    def is_serializable(self, **_: Any) -> bool:
+    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Whether it can be saved: yes."""
         return True
 
     @property
-    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Whether adapters on it can be trained: yes."""
         return True
 
     @property
-    def is_compileable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def is_compileable(self) -> bool:
         """Whether `torch.compile` takes it: yes."""
         return True
 
@@ -231,7 +231,8 @@ def dense_linear(layer: AffineLinear, dtype: torch.dtype) -> nn.Linear:
         layer.in_features, layer.out_features, layer.bias is not None, device="meta", dtype=dtype
     )
     linear.weight = nn.Parameter(layer.dequantized().to(dtype), requires_grad=False)
-    linear.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().to(dtype))
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.detach().to(dtype))
     return linear
 
 

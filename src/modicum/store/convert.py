@@ -1,4 +1,4 @@
-"""From files to files: an adapter in another format, or merged into its base model.
+"""From files to files: an adapter in another format.
 
 The base model is loaded for the adapter: as the task it was trained for, with as many labels as its head has.
 """
@@ -10,12 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from modicum.adapters.basis import BasisCache
-from modicum.adapters.merge_report import MergeReport, merge_error
-from modicum.errors import ConfigError, InexactMergeError, did_you_mean
-from modicum.models.loading import load_base, load_tokenizer
+from modicum.errors import ConfigError, did_you_mean
+from modicum.models.loading import load_base
 from modicum.store.files import CONFIG_FILE, WEIGHT_FILES, install, read_adapter, save_adapter
 from modicum.store.lora_export import export_lora
 from modicum.store.published import apply_published, read_published
@@ -24,8 +21,8 @@ from modicum.store.state import AdapterState
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Sequence
 
+    import torch
     from peft import PeftModel
     from torch import Tensor
 
@@ -58,19 +55,6 @@ class Imported:
     basis_file: Path | None
 
 
-@dataclass(frozen=True)
-class Merged:
-    """What a merge wrote, or would have, and how far it is from the unmerged model."""
-
-    output: Path
-    dtype: str
-    #: files written, with their bytes
-    files: dict[str, int]
-    report: MergeReport
-    exact: bool
-    dry_run: bool
-
-
 def load_for(
     model: str, adapter: str | os.PathLike, *, upcast: bool = False
 ) -> tuple[PeftModel, torch.dtype]:
@@ -86,6 +70,8 @@ def load_for(
     base = _base_for(model, config.task_type, state)
     stored = base.dtype
     config.inference_mode = True
+    # quantized models refuse to be cast; ours computes in the dtype of its inputs
+    upcast = upcast and not getattr(base, "is_quantized", False)
     return install(base.float() if upcast else base, config, state), stored
 
 
@@ -156,51 +142,6 @@ def import_adapter(
     )
 
 
-def merge_to_folder(
-    model: str,
-    adapter: str | os.PathLike,
-    output: str | os.PathLike,
-    *,
-    texts: Sequence[str],
-    dtype: str = "auto",
-    allow_inexact: bool = False,
-    dry_run: bool = False,
-) -> Merged:
-    """What was written: base model and adapter as one folder for `from_pretrained`, tokenizer included.
-
-    Everything is computed in float32 and rounded once, to `dtype` (`auto`: as the checkpoint is stored).
-    The error is measured on the tokens of `texts` before anything is written.
-
-    Raises:
-        InexactMergeError: the merged model is further off than rounding has to cost; nothing was written.
-        ConfigError: the output exists, unknown dtype, or the model cannot be loaded.
-    """
-    target = Path(output)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target} exists already; choose another output, or empty it")
-    known = ("auto", "float32", "bfloat16", "float16")
-    if dtype not in known:
-        raise ConfigError(f"no dtype {dtype!r}{did_you_mean(dtype, known)}; known: {', '.join(known)}")
-    tokenizer = load_tokenizer(model)
-    adapted, stored = load_for(model, adapter, upcast=True)
-    wanted = stored if dtype == "auto" else getattr(torch, dtype)
-    report = merge_error(adapted, _tokens(tokenizer, texts), wanted)
-    if not report.exact and not allow_inexact and not dry_run:
-        raise InexactMergeError(
-            f"merging into {report.dtype} changes the logits by {report.logit_error:.2%} (tolerance "
-            f"{report.tolerance:.2%}) and loses {report.lost:.0%} of the adapter's effect, most in "
-            f"{report.worst_layers[0].name}; merge with --dtype float32, keep the adapter separate, or pass "
-            "--allow-inexact. Nothing was written"
-        )
-    files: dict[str, int] = {}
-    if not dry_run:
-        merged: Any = adapted.merge_and_unload()
-        merged.to(wanted).save_pretrained(target)
-        tokenizer.save_pretrained(target)
-        files = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
-    return Merged(target, report.dtype, files, report, report.exact, dry_run)
-
-
 def _write(model: PeftModel, target: Path, fmt: str, dtype: str, *, overwrite: bool) -> tuple[int, int]:
     if fmt == "modicum":
         saved = save_adapter(model, target, dtype=dtype, overwrite=overwrite)
@@ -230,8 +171,3 @@ def _labels(state: dict[str, Tensor]) -> int | None:
         v.shape[0] for n, v in state.items() if n.endswith(_HEAD_ENDS) and "layer" not in n and v.dim() == 2
     ]
     return heads[-1] if heads else None
-
-
-def _tokens(tokenizer: Any, texts: Sequence[str], length: int = 128) -> dict[str, Tensor]:
-    encoded = tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True, max_length=length)
-    return {name: encoded[name] for name in ("input_ids", "attention_mask")}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from modicum.data.prepare import Prepared, prepare
 from modicum.errors import ConfigError
 from modicum.models.loading import load_adapted, load_base, load_tokenizer, quiet_transformers
+from modicum.store.atomic import write_folder, write_text
 from modicum.train import artifacts
 from modicum.train.methods import BASELINES, FULL, apply_method, trained_values
 from modicum.train.recipe import Recipe, make_recipe
@@ -224,7 +225,7 @@ def claim(
     if state.is_main_process:
         if overwrite:
             clear(folder)
-        artifacts.write_text(folder / artifacts.RECIPE, recipe.to_yaml())
+        write_text(folder / artifacts.RECIPE, recipe.to_yaml())
     state.wait_for_everyone()
     return None
 
@@ -305,7 +306,7 @@ def _save(recipe: Recipe, loaded: Loaded, report: dict[str, Any], folder: Path) 
         )
         (aside / "README.md").write_text(card, encoding="utf-8")
 
-    artifacts.write_folder(folder / (artifacts.MODEL if method == FULL else artifacts.ADAPTER), fill)
+    write_folder(folder / (artifacts.MODEL if method == FULL else artifacts.ADAPTER), fill)
     artifacts.write_json(folder / artifacts.REPORT, report)
     shutil.rmtree(folder / artifacts.CHECKPOINTS, ignore_errors=True)
 

@@ -1,0 +1,1 @@
+"""Model-level compression: from a checkpoint folder to a smaller one."""
