@@ -1,0 +1,198 @@
+"""What a quantization will do, and everything that speaks against it, found out before anything is written."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from modicum.compress.calibration import (
+    Sequences,
+    bundled_sequences,
+    evaluation_sequences,
+    text_sequences,
+)
+from modicum.compress.quantize_report import LayerReport, QuantizeOptions
+from modicum.compress.streaming import layer_names
+from modicum.errors import ModicumError, TargetError, listing
+from modicum.models.architecture import linear_shapes, parse_targets
+from modicum.models.checkpoint import layer_shapes
+from modicum.models.loading import load_tokenizer
+from modicum.quant.spec import divisors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from modicum.compress.source import Linear, Source
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Layers that are finished, and kept, together."""
+
+    #: name of its file
+    name: str
+    #: shown in progress
+    label: str
+    linears: list[Linear]
+
+
+@dataclass
+class Texts:
+    """The token sequences of a run."""
+
+    calibration: Sequences | None = None
+    evaluation: Sequences | None = None
+
+
+@dataclass
+class Plan:
+    """The layers, texts and faults of a quantization."""
+
+    options: QuantizeOptions
+    linears: list[Linear]
+    units: list[Unit]
+    #: linear layers that stay as they are
+    dense: list[str]
+    #: whether decoder layers are run one after the other
+    streamed: bool
+    texts: Texts = field(default_factory=Texts)
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, source: Source, options: QuantizeOptions) -> Plan:
+        """The plan for a source; its `faults` are to be heeded."""
+        faults: list[str] = []
+        names, dense = _chosen(source, options, faults)
+        linears = []
+        try:
+            linears = source.linears(names)
+        except ModicumError as error:
+            faults.append(str(error))
+        stack = layer_names(source.model)
+        streamed = bool(stack) and (options.evaluate or options.algorithm == "gptq")
+        plan = cls(
+            options, linears, _units(linears, stack if streamed else []), dense, streamed, faults=faults
+        )
+        plan.faults += _faults_of_shapes(linears, options)
+        if not stack:
+            kind = type(source.model).__name__
+            if options.algorithm == "gptq":
+                plan.faults.append(
+                    f"gptq needs a causal language model, whose decoder layers it runs text through; {kind} is none: "
+                    "use the algorithm mse or rtn"
+                )
+            if options.eval_text is not None:
+                plan.faults.append(f"{kind} is no causal language model: there is no perplexity to evaluate")
+            elif options.evaluate:
+                plan.notes.append("no perplexity: the model is no causal language model")
+        if streamed:
+            plan._read_texts(source)
+        return plan
+
+    def layers(self) -> list[LayerReport]:
+        """The layers as they will be stored."""
+        return [LayerReport.planned(linear.name, linear.shape, self.options.spec) for linear in self.linears]
+
+    def faults_of_weights(self, source: Source) -> list[str]:
+        """The layers whose weights are not finite; reads all weights."""
+        wrong = source.not_finite(self.linears)
+        return [f"NaN or infinite weights in {listing(wrong)}"] if wrong else []
+
+    def _read_texts(self, source: Source) -> None:
+        """Tokenize the texts; what is wrong with them joins the faults."""
+        options = self.options
+        longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and options.sequence_length > longest:
+            self.faults.append(
+                f"sequence_length = {options.sequence_length}, the model takes at most {longest} tokens"
+            )
+        tokenizer = self._tried(lambda: load_tokenizer(str(source.folder)))
+        if tokenizer is None or options.sequence_length < 2 or options.sequences < 1:
+            return
+        length = options.sequence_length
+        if options.algorithm == "gptq":
+            if options.calibration:
+                files = list(options.calibration)
+                self.texts.calibration = self._tried(
+                    lambda: text_sequences(files, tokenizer, options.sequences, length)
+                )
+            else:
+                self.texts.calibration = self._tried(
+                    lambda: bundled_sequences("train", tokenizer, options.sequences, length)
+                )
+                self.notes.append(
+                    "calibrated on the text that modicum bundles; text like the model's future input (--calibration) "
+                    "is better"
+                )
+        if options.evaluate:
+            self.texts.evaluation = self._tried(
+                lambda: evaluation_sequences(options.eval_text, tokenizer, options.eval_sequences, length)
+            )
+
+    def _tried(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except ModicumError as error:
+            self.faults.append(str(error))
+            return None
+
+
+def _chosen(source: Source, options: QuantizeOptions, faults: list[str]) -> tuple[list[str], list[str]]:
+    """The names of the layers to quantize, and of the linear layers that stay."""
+    model = source.model
+    every = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    stack = tuple(f"{name}." for name in layer_names(model))
+    if stack:
+        inside = {name for name in every if name.startswith(stack)}
+    else:
+        inside = set()
+        try:
+            inside = set(layer_shapes(model)) & set(every)
+        except TargetError as error:
+            faults.append(str(error))
+    excluded: set[str] = set()
+    for pattern in options.exclude:
+        try:
+            excluded |= set(linear_shapes(model, parse_targets([pattern])))
+        except TargetError as error:
+            faults.append(f"exclude: {error}")
+    chosen = [name for name in every if name in inside - excluded]
+    transposed = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
+    if transposed and not chosen:
+        faults.append(
+            f"the layers of {type(model).__name__} are transposed Conv1D modules ({listing(transposed, 3)}), which no "
+            "quantized folder can hold; only nn.Linear layers are quantized"
+        )
+    elif not chosen:
+        faults.append("no linear layer is left to quantize")
+    return chosen, [name for name in every if name not in set(chosen)]
+
+
+def _units(linears: list[Linear], stack: list[str]) -> list[Unit]:
+    if not stack:
+        return [Unit(f"matrix-{index:05d}", linear.name, [linear]) for index, linear in enumerate(linears)]
+    return [
+        Unit(f"layer-{index:05d}", name, [linear for linear in linears if linear.name.startswith(f"{name}.")])
+        for index, name in enumerate(stack)
+    ]
+
+
+def _faults_of_shapes(linears: list[Linear], options: QuantizeOptions) -> list[str]:
+    """The layers that the blocks do not divide, and the sizes that would divide all."""
+    faults = []
+    for axis, (size, what) in enumerate(zip(options.spec.block, ("outputs", "inputs"), strict=True)):
+        if size < 1:
+            continue
+        wrong = [f"{linear.name} ({linear.shape[axis]})" for linear in linears if linear.shape[axis] % size]
+        if wrong:
+            fitting = divisors(math.gcd(*(linear.shape[axis] for linear in linears)))
+            faults.append(
+                f"{'groups' if axis else 'blocks'} of {size} {what} do not divide {listing(wrong, 3)}; sizes that "
+                f"divide all layers: {fitting}; or leave those layers out with --exclude"
+            )
+    return faults

@@ -1,0 +1,193 @@
+"""The checkpoint that is compressed: the model without its weights, and its tensors one at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import nn
+
+from modicum.errors import ConfigError, CorruptAdapterError, listing
+from modicum.models.architecture import meta_model, read_config
+from modicum.models.checkpoint import _weight_map
+from modicum.models.loading import resolve
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: what a model folder holds beside weights and config.json that its users need
+_BESIDE = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of the checkpoint."""
+
+    #: its name in the model
+    name: str
+    #: its name in the checkpoint, whose tensors may carry another prefix
+    stored: str
+    #: (out, in)
+    shape: tuple[int, int]
+
+
+class Source:
+    """A checkpoint folder, open for reading. Tensors are views of the files; nothing is held in memory."""
+
+    def __init__(self, model: str) -> None:
+        """Open the folder, the hub name or 'embedded'.
+
+        Raises:
+            ConfigError: no such model, no safetensors weights, or it is quantized already.
+            CorruptAdapterError: the weights cannot be read.
+        """
+        self.folder = _local(model)
+        self.raw: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        stored = self.raw.get("quantization_config")
+        if stored:
+            raise ConfigError(
+                f"{model} is quantized already ({stored.get('quant_method', 'unknown format')}); start from the "
+                "original weights: quantizing twice adds both errors"
+            )
+        self.config = read_config(str(self.folder))
+        self.model: Any = meta_model(self.config)
+        self.files = _weight_map(self.folder)
+        self._opened: dict[Path, Any] = {}
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def tensor(self, key: str) -> Tensor:
+        """The tensor `key` in the type it is stored in, a view of the file.
+
+        Raises:
+            CorruptAdapterError: the file is damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        file = self.files[key]
+        try:
+            if file not in self._opened:
+                self._opened[file] = self._stack.enter_context(safe_open(file, framework="pt"))
+            return self._opened[file].get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise CorruptAdapterError(
+                f"{file} cannot be read ({error}); download or copy it again"
+            ) from error
+
+    def key(self, name: str) -> str | None:
+        """The key of the parameter or buffer `name` of the model, with or without the base model's prefix."""
+        prefix = getattr(self.model, "base_model_prefix", "")
+        names = [name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"]
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        names += [other for pair in tied.items() if name in pair for other in pair if other != name]
+        return next((key for key in names if key in self.files), None)
+
+    def linears(self, names: list[str]) -> list[Linear]:
+        """The linear layers called `names`, with what the checkpoint calls them.
+
+        Raises:
+            ConfigError: weights are missing.
+            CorruptAdapterError: weights have another shape than the configuration says.
+        """
+        found, missing, wrong = [], [], []
+        for name in names:
+            key = self.key(f"{name}.weight")
+            out, inner = self.model.get_submodule(name).weight.shape
+            if key is None:
+                missing.append(name)
+                continue
+            shape = tuple(self.tensor(key).shape)
+            if shape != (out, inner):
+                wrong.append(f"{key} is {shape}, the configuration says {(out, inner)}")
+            found.append(Linear(name, key.removesuffix(".weight"), (out, inner)))
+        if missing:
+            raise ConfigError(
+                f"{self.folder} holds no weight for {listing(missing)}; it may have been saved for another task "
+                f"(this was read as {type(self.model).__name__})"
+            )
+        if wrong:
+            raise CorruptAdapterError(f"{self.folder} mixes two models: {listing(wrong, 3)}")
+        return found
+
+    def weight(self, linear: Linear) -> Tensor:
+        """The weight (out, in) of a layer, in the type it is stored in."""
+        return self.tensor(f"{linear.stored}.weight")
+
+    def fill(self, module: nn.Module, prefix: str, skip: tuple[str, ...] = ()) -> None:
+        """Gives the parameters of `module` (called `prefix` in the model) their weights in place, in float32.
+
+        Raises:
+            ConfigError: the checkpoint lacks some, or stores them in another way than the model holds them.
+        """
+        values: dict[str, Tensor] = {}
+        missing = []
+        kept = dict(module.named_buffers())
+        for name in [*dict(module.named_parameters(remove_duplicate=False)), *kept]:
+            full = f"{prefix}.{name}" if prefix else name
+            if full.startswith(skip or ("\0",)):
+                continue
+            key = self.key(full)
+            if key is not None:
+                value = self.tensor(key)
+                values[name] = value.float() if value.is_floating_point() else value
+            elif name not in kept:
+                missing.append(full)
+        if missing:
+            raise ConfigError(
+                f"{self.folder} does not store {listing(missing)} the way {type(self.model).__name__} holds it "
+                "(some models join or split tensors on loading). Quantize with the algorithm rtn or mse and without "
+                "evaluation, which reads only the matrices it quantizes"
+            )
+        module.load_state_dict(values, strict=False, assign=True)
+        module.requires_grad_(False)
+
+    def beside(self) -> list[Path]:
+        """Tokenizer, generation config, chat template and the like, in the folder."""
+        return sorted({f for pattern in _BESIDE for f in self.folder.glob(pattern) if f.is_file()})
+
+    def not_finite(self, linears: list[Linear]) -> list[str]:
+        """The names of those layers that hold NaN or infinite weights; reads them all."""
+        return [linear.name for linear in linears if not bool(torch.isfinite(self.weight(linear)).all())]
+
+
+def empty(module: nn.Module) -> None:
+    """Takes the parameters of `module` out of memory, in place; its buffers stay."""
+    values = {name: p.to("meta") for name, p in module.named_parameters(remove_duplicate=False)}
+    module.load_state_dict(values, strict=False, assign=True)
+
+
+def _local(model: str) -> Path:
+    found = Path(resolve(model)).expanduser()
+    if found.is_dir():
+        return found
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", *_BESIDE]))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(
+            f"{model!r} is no model folder and cannot be downloaded ({reason}); give the path of a folder, "
+            "or 'embedded'"
+        ) from error

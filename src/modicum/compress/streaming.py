@@ -1,0 +1,168 @@
+"""A causal language model run layer by layer, so that one decoder layer is all that is ever in memory.
+
+Hidden states of all sequences wait in front of a layer, pass through it, and the layer goes. The model itself
+says what happens around its layers (embeddings, masks, positions, final norm, output head): its own forward runs
+with the layers replaced by recorders at the beginning, and by the finished hidden states at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modicum.compress.source import empty
+from modicum.errors import ConfigError
+from modicum.models.loading import quiet_transformers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from modicum.compress.source import Source
+
+
+def layer_names(model: nn.Module) -> list[str]:
+    """The names of the decoder layers of a causal language model in order, empty for other models."""
+    depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    if depth is None or getattr(model, "lm_head", None) is None:
+        return []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return [f"{name}.{index}" for index in range(depth)]
+    return []
+
+
+class Stack:
+    """The decoder layers of a source. Sequences go through one at a time, in float32."""
+
+    def __init__(self, source: Source) -> None:
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM
+
+        self.source = source
+        # buffers (rotary frequencies) are computed, parameters take no memory
+        with quiet_transformers(), init_empty_weights(include_buffers=False):
+            self.model: Any = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
+        self.model.eval()
+        self.names = layer_names(self.model)
+        if not self.names:
+            raise ConfigError(
+                f"{type(self.model).__name__} has no stack of decoder layers to go through one by one; quantize it "
+                "with the algorithm rtn or mse and without evaluation"
+            )
+        self.layers = [self.model.get_submodule(name) for name in self.names]
+        #: what the model gives each layer beside the hidden states
+        self._given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        #: what a layer returns behind the hidden states, None if it returns nothing else; "?" before the first
+        self._rest: tuple[Any, ...] | str | None = "?"
+        #: the last sequence in front of the first layer
+        self._entered = torch.empty(0)
+
+    @torch.no_grad()
+    def enter(self, *streams: Tensor) -> list[Tensor]:
+        """The hidden states (sequences, length, width) in front of the first layer, of each (sequences, length) ids.
+
+        All streams have the same length, so that masks and positions, which are noted here, serve all of them.
+        """
+        with self._outside(), self.layer(0), self._instead(self._note):
+            return [torch.cat([self._first(row) for row in ids.split(1)]) for ids in streams]
+
+    @contextlib.contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """The layer with its weights; they are gone afterwards."""
+        layer = self.layers[index]
+        self.source.fill(layer, self.names[index])
+        try:
+            yield layer
+        finally:
+            empty(layer)
+
+    @torch.no_grad()
+    def advance(self, index: int, hidden: Tensor, *, keep: bool = True) -> None:
+        """Run all hidden states through a layer, in place; with `keep` False only for those who watch its inputs."""
+        args, kwargs = self._given[index]
+        for row in range(len(hidden)):
+            result = self.layers[index](hidden[row : row + 1], *args, **kwargs)
+            if keep:
+                hidden[row : row + 1] = result if self._rest is None else result[0]
+
+    @torch.no_grad()
+    def loss(self, ids: Tensor, *streams: Tensor) -> list[float]:
+        """The mean negative log-likelihood of the next token, of each stream of hidden states behind the last layer."""
+        sums = [0.0] * len(streams)
+        with self._outside():
+            for row in range(len(ids)):
+                for number, hidden in enumerate(streams):
+                    finished = hidden[row : row + 1]
+                    with self._instead(lambda _i, _h, _a, _k, done=finished: done):
+                        logits = self.model(input_ids=ids[row : row + 1], use_cache=False).logits
+                    sums[number] += float(
+                        F.cross_entropy(logits[0, :-1].float(), ids[row, 1:], reduction="sum")
+                    )
+        tokens = ids.shape[0] * (ids.shape[1] - 1)
+        return [total / tokens for total in sums]
+
+    @contextlib.contextmanager
+    def _outside(self) -> Iterator[None]:
+        """Everything but the decoder layers, with its weights."""
+        self.source.fill(self.model, "", skip=tuple(f"{name}." for name in self.names))
+        try:
+            yield
+        finally:
+            empty(self.model)
+
+    def _first(self, ids: Tensor) -> Tensor:
+        self._given = []
+        self.model(input_ids=ids, use_cache=False)
+        return self._entered
+
+    def _note(self, index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """In place of a layer: keeps what it is given, and hands the hidden states on."""
+        self._given.append((args, kwargs))
+        if index == 0:
+            self._entered = hidden
+            if self._rest == "?":
+                layer = self.layers[0]
+                result = type(layer).forward(layer, hidden, *args, **kwargs)
+                self._rest = None if isinstance(result, Tensor) else tuple(result[1:])
+        return hidden
+
+    @contextlib.contextmanager
+    def _instead(
+        self, forward: Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
+    ) -> Iterator[None]:
+        """The model with `forward(index, hidden, other arguments)` in place of each layer."""
+
+        def stand_in(index: int) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                hidden = args[0] if args else kwargs.pop("hidden_states")
+                hidden = forward(index, hidden, args[1:], kwargs)
+                return hidden if self._rest is None else (hidden, *self._rest)
+
+            return run
+
+        for index, layer in enumerate(self.layers):
+            layer.forward = stand_in(index)
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                del layer.forward
+
+
+@contextlib.contextmanager
+def watching(layer: nn.Module, names: list[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While open, `see(name, x)` is called with each input of the modules of `layer` called `names`."""
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda _module, args: see(name, args[0])
+
+    handles = [layer.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,74 @@
+"""Quantized model folders: shards, index, configuration, and what the original has beside its weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+
+from modicum.compress.work import write_text
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from modicum.compress.quantize_plan import Plan
+    from modicum.compress.quantize_report import QuantizationReport
+    from modicum.compress.source import Source
+    from modicum.compress.work import Work
+
+#: bytes of a shard
+_SHARD = 5 * 10**9
+REPORT = "quantization_report.json"
+
+
+def write_folder(
+    source: Source, work: Work, plan: Plan, config: Mapping[str, Any], report: QuantizationReport
+) -> None:
+    """Write the finished model into the work folder. Tensors are copied from file to file, none is held in memory."""
+    folder = work.model
+    quantized = {key: tensor for unit in plan.units for key, tensor in work.tensors(unit.name).items()}
+    replaced = {f"{linear.stored}.weight" for linear in plan.linears}
+    tensors = {key: source.tensor(key) for key in source.files if key not in replaced}
+    write_shards(folder, dict(sorted({**tensors, **quantized}.items())))
+    write_text(folder / "config.json", _pretty({**source.raw, "quantization_config": dict(config)}))
+    for file in source.beside():
+        shutil.copyfile(file, folder / file.name)
+    write_text(folder / REPORT, _pretty(asdict(report)))
+
+
+def write_shards(folder: Path, tensors: Mapping[str, Tensor], most: int = _SHARD) -> None:
+    """Write tensors as `model.safetensors`, or as shards of at most `most` bytes with an index."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for key, tensor in tensors.items():
+        if size and size + tensor.nbytes > most:
+            shards.append({})
+            size = 0
+        shards[-1][key] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        _save(shards[0], folder / "model.safetensors")
+        return
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        _save(shard, folder / name)
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+        "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
+    }
+    write_text(folder / "model.safetensors.index.json", _pretty(index))
+
+
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    save_file(tensors, file, {"format": "pt"})
+    file.chmod(0o644)  # safetensors gives 0600; models are read like any other file
+
+
+def _pretty(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
