@@ -81,17 +81,21 @@ def few_rows(x: Tensor, codes: Tensor, pair: Tensor, rest: Tensor | None) -> Ten
     return y.add_(F.linear(sums, rest))
 
 
-def dequantize_runs(codes: Tensor, pair: Tensor, rest: Tensor | None, columns: int, out: Tensor) -> None:
-    """Writes the transposed weight ŵᵀ (in, rows) of the runs in `codes` (rows, in/2) into `out`."""
-    rows, groups = codes.shape[0], pair.shape[0]
-    runs = rows // _RUN
+def rows_of(pair: Tensor, rest: Tensor | None, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Scales and offsets of some rows, both (in/g, rows) float32 and contiguous."""
+    part = pair[:, start:stop].float()
+    offsets = part[..., 1] if rest is None else part[..., 1] + rest[start:stop].T
+    return part[..., 0].contiguous(), offsets.contiguous()
+
+
+def dequantize_runs(codes: Tensor, scales: Tensor, offsets: Tensor, columns: int, out: Tensor) -> None:
+    """Writes the transposed weight (in, rows) of the runs in `codes` (rows, in/2) into `out`."""
+    runs, groups = codes.shape[0] // _RUN, scales.shape[0]
     steps = torch.arange(0, 8, 4, dtype=torch.uint8, device=codes.device).view(2, 1)
-    bytes_ = codes.view(runs, groups, columns // groups, 1, _RUN // 2).permute(1, 2, 0, 3, 4)
-    centred = ((bytes_ >> steps) & 15).to(torch.float32) - 8
+    # in the order of the result, so that it is written in whole runs
+    part = codes.view(runs, groups, columns // groups, 1, _RUN // 2).permute(1, 2, 0, 3, 4)
+    centred = ((part >> steps) & 15).to(torch.float32) - 8
     shape = (groups, 1, runs, 2, _RUN // 2)
-    scales, offsets = pair[..., 0].to(torch.float32), pair[..., 1].to(torch.float32)
-    if rest is not None:
-        offsets = offsets + rest.T
     out.view(groups, columns // groups, runs, 2, _RUN // 2).copy_(
-        centred * scales.reshape(shape) + offsets.reshape(shape)
+        centred * scales.view(shape) + offsets.view(shape)
     )

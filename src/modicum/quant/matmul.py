@@ -9,9 +9,11 @@ dequantization is compiled where a compiler is at hand.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import shutil
 import threading
+import types
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -140,45 +142,73 @@ def _panels(
 ) -> Iterator[tuple[int, int, Tensor]]:
     """(first row, row after the last, weight (rows, in)) of all panels; a weight is overwritten by the next."""
     out, q = codes.shape[0], block[0]
-    step = out
-    if codes.device.type == "cpu":
-        unit = 64 * q
-        step = min(out, max(unit, PANEL // columns // unit * unit))
+    step = _panel_rows(out, columns, q) if codes.device.type == "cpu" else out
     worth = out * columns >= _WORTH_COMPILING and can_compile(codes.device.type)
     for start in range(0, out, step):
         stop = min(start + step, out)
         buffer = _buffer((stop - start) * columns, dtype, codes.device)
         part = slice(start // q, stop // q)
         if packed:
+            scale, offset = int4pack.rows_of(scales, offsets, start, stop)
+            arguments = codes[start:stop], scale, offset, columns
+            function: Callable[..., None] = int4pack.dequantize_runs
             weight = buffer.view(columns, stop - start)
-            rest = None if offsets is None else offsets[part]
-            write = _compiled(int4pack.dequantize_runs) if worth else int4pack.dequantize_runs
-            write(codes[start:stop], scales[:, part], rest, columns, weight)
-            yield start, stop, weight.T
-            continue
-        weight = buffer.view(stop - start, columns)
-        write = _compiled(_dequantize_rows) if worth else _dequantize_rows
-        shift = None if offsets is None else offsets[part]
-        write(codes[start:stop], scales[part], shift, bits, block, columns, weight)
-        yield start, stop, weight
+        else:
+            scale, offset = spread(scales[part], (q, 1)), None
+            if offsets is not None:
+                offset = spread(offsets[part], (q, 1))
+            arguments = codes[start:stop], scale, offset, bits, columns
+            function = _dequantize_rows
+            weight = buffer.view(stop - start, columns)
+        if worth:
+            function = _compiled(function, (stop - start, columns, *scale.shape, bits, dtype, offset is None))
+        function(*arguments, weight)
+        yield start, stop, weight.T if packed else weight
+
+
+def _panel_rows(out: int, columns: int, q: int) -> int:
+    """Rows of a panel: all equal if there is a way, so that few shapes are compiled."""
+    unit = math.lcm(64, q)
+    most = max(1, PANEL // columns // unit)
+    if out <= most * unit or out % unit:
+        return min(out, most * unit)
+    units = out // unit
+    return unit * max(n for n in range(1, most + 1) if units % n == 0 or n == max(1, most // 2))
 
 
 def _dequantize_rows(
-    codes: Tensor,
-    scales: Tensor,
-    offsets: Tensor | None,
-    bits: int,
-    block: tuple[int, int],
-    columns: int,
-    out: Tensor,
+    codes: Tensor, scales: Tensor, offsets: Tensor | None, bits: int, columns: int, out: Tensor
 ) -> None:
-    """Writes the weight (rows, in) of packed `codes` into `out`."""
-    q, p = block
-    weight = unpack(codes, bits, columns).to(torch.float32) - middle(bits)
-    weight = weight.view(len(codes), -1, p) * spread(scales.to(torch.float32), (q, 1)).unsqueeze(-1)
+    """Writes the weight (rows, in) of packed `codes` into `out`; scales and offsets (rows, in/p)."""
+    rows, groups = scales.shape
+    group, parts = columns // groups, 8 // bits if bits != 3 else 8
+    if columns % (8 * group if bits == 3 else parts * group):
+        centred = (
+            unpack(codes, bits, columns).to(torch.float32).sub_(middle(bits)).view(rows, 1, groups, group)
+        )
+        parts = 1
+    else:
+        # runs of whole groups in the order of the bytes: all index arithmetic stays affine, loops vectorize
+        centred = _runs(codes, bits, parts, group).to(torch.float32) - middle(bits)
+    shape = (rows, parts, groups // parts, 1)
+    weight = centred * scales.to(torch.float32).view(shape)
     if offsets is not None:
-        weight = weight + spread(offsets.to(torch.float32), (q, 1)).unsqueeze(-1)
-    out.copy_(weight.view(len(codes), columns))
+        weight = weight + offsets.to(torch.float32).view(shape)
+    out.view(rows, parts, groups // parts, group).copy_(weight)
+
+
+def _runs(codes: Tensor, bits: int, parts: int, group: int) -> Tensor:
+    """Codes as (rows, parts, groups of a part, group), the columns in order."""
+    rows, device = codes.shape[0], codes.device
+    if bits != 3:
+        steps = torch.arange(0, 8, bits, dtype=torch.uint8, device=device).view(-1, 1, 1)
+        return (codes.view(rows, 1, -1, group) >> steps) & (2**bits - 1)
+    eighth = codes.shape[1] // 3
+    low = codes[:, : 2 * eighth].reshape(rows, 1, 2, -1, group)
+    low = (low >> torch.arange(0, 8, 2, dtype=torch.uint8, device=device).view(4, 1, 1, 1)) & 3
+    high = codes[:, 2 * eighth :].reshape(rows, 1, 1, -1, group)
+    high = (high >> torch.arange(0, 8, dtype=torch.uint8, device=device).view(4, 2, 1, 1)) & 1
+    return (low | (high << 2)).view(rows, 8, -1, group)
 
 
 _kept = threading.local()
@@ -210,5 +240,8 @@ def can_compile(device: str) -> bool:
 
 
 @functools.cache
-def _compiled(function: Callable[..., None]) -> Callable[..., None]:
-    return torch.compile(function, dynamic=True)
+def _compiled(function: Callable[..., None], key: tuple) -> Callable[..., None]:
+    """`function` compiled for the shapes in `key`, with a code object of its own: the compiler's cache counts by it."""
+    name = f"{function.__name__}_{abs(hash(key)):x}"
+    own = types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
+    return torch.compile(own, dynamic=False)
