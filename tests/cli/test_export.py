@@ -1,4 +1,4 @@
-"""`modicum export`: one adapter in three formats."""
+"""`modicum export`: one adapter in three formats, and whole models in those of other engines."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import pytest
 import torch
 from peft import PeftModel
 from tests import models_for_tests as models
-from tests.cli.adapter_files import make_files, run
+from tests.cli.adapter_files import make_files, run, tokenizer
+from transformers import LlamaForCausalLM
 
+from modicum.quant.huggingface import AffineConfig
 from modicum.store.files import load_adapter
 
 
@@ -62,4 +64,68 @@ def test_faults_are_named(files, tmp_path, capsys):
     assert "no adapter at" in run(capsys, *words).err
     words[4] = files.lora
     assert "'peft' instead of 'lora'" in run(capsys, *words).err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def low_bit(tmp_path_factory):
+    """Folders of two quantized models by their zero-points, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("low_bit")
+    dense = folder / "dense"
+    models.llama().save_pretrained(dense)
+    tokenizer().save_pretrained(dense)
+    for zero_point in ("integer", "float"):
+        config = AffineConfig(bits=4, group_size=16, zero_point=zero_point)
+        LlamaForCausalLM.from_pretrained(dense, quantization_config=config).save_pretrained(
+            folder / zero_point
+        )
+        tokenizer().save_pretrained(folder / zero_point)
+    return folder
+
+
+def test_a_model_on_an_integer_grid(low_bit, tmp_path, capsys):
+    words = ["export", "--model", low_bit / "integer", "--format", "gptq", "--output", tmp_path / "out"]
+    tried = run(capsys, *words, "--dry-run", "--json")
+    assert (tried.code, tried.json["exact"], tried.json["files"]) == (0, True, {}), tried.out
+    assert list(tmp_path.iterdir()) == []
+    done = run(capsys, *words, "--json")
+    assert (done.code, done.json["max_weight_error"]) == (0, 0.0), done.out
+    assert done.json["files"] == {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
+    assert "exists already" in run(capsys, *words).err
+    shown = run(capsys, *words, "--overwrite")
+    assert shown.code == 0
+    assert "float16 of scales" in shown.out
+    assert "0.000% at most" in shown.out
+
+
+def test_a_model_off_the_integer_grid(low_bit, tmp_path, capsys):
+    words = [
+        "export",
+        "--model",
+        low_bit / "float",
+        "--format",
+        "compressed-tensors",
+        "--output",
+        tmp_path / "out",
+    ]
+    refused = run(capsys, *words)
+    assert refused.code == 1
+    assert "14 of 14 low-bit layers" in refused.err
+    assert "--allow-inexact" in refused.err
+    assert list(tmp_path.iterdir()) == []
+    done = run(capsys, *words, "--allow-inexact", "--json")
+    assert done.code == 0, done.out
+    assert not done.json["exact"]
+    assert f"{done.json['max_weight_error']:.2%}" in refused.err
+    assert done.json["worst_layers"][0]["weight_error"] == done.json["max_weight_error"]
+
+
+def test_adapters_and_models_are_not_confused(files, tmp_path, capsys):
+    words = ["export", "--model", files.base, "--output", tmp_path / "out"]
+    assert "name one with --adapter" in run(capsys, *words).err
+    both = run(capsys, *words, "--adapter", files.record, "--format", "gguf")
+    assert both.code == 1
+    assert f"first `modicum merge --model {files.base} --adapter {files.record} --output MERGED`" in both.err
+    assert "no format 'ggf' (did you mean 'gguf'" in run(capsys, *words, "--format", "ggf").err
+    assert "quantize it first" in run(capsys, *words, "--format", "gptq").err
     assert list(tmp_path.iterdir()) == []
