@@ -1,4 +1,4 @@
-"""`modicum import`: checkpoints of the authors' LoRA-XS code become adapters of ours."""
+"""`modicum import`: published LoRA-XS checkpoints become adapters of ours, quantized models quantized models."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 from tests import models_for_tests as models
 from tests.cli.adapter_files import run
+from tests.quant import published
 from tests.store.test_files import logits
 from tests.store.test_published import LLAMA, checkpoint, with_updates
 
 from modicum.adapters.basis import BasisCache
+from modicum.models.loading import load_base
 from modicum.store.files import load_adapter
 
 
@@ -46,3 +48,28 @@ def test_a_plain_lora_is_refused(tmp_path, capsys):
     )
     assert shown.code == 1
     assert "no LoRA-XS checkpoint" in shown.json["error"]
+
+
+def test_an_adapter_needs_its_base_model(tmp_path, capsys):
+    checkpoint(tmp_path / "c", models.llama(), LLAMA)
+    shown = run(capsys, "import", tmp_path / "c", "--output", tmp_path / "m", "--json")
+    assert shown.code == 1
+    assert "needs --model" in shown.json["error"]
+
+
+def test_a_quantized_model_is_recognised(tmp_path, capsys):
+    written = published.gptq(tmp_path / "theirs", published.llama())
+    words = ["import", tmp_path / "theirs", "--output", tmp_path / "ours"]
+    tried = run(capsys, *words, "--dry-run", "--json")
+    assert (tried.json["layers"], tried.json["quant_method"]) == (14, "gptq")
+    assert not (tmp_path / "ours").exists()
+    shown = run(capsys, *words)
+    assert shown.code == 0, shown.err
+    for text in ("gptq", "4 bits: 14 layers", "bits per weight", "ours"):
+        assert text in shown.out
+    model = load_base(str(tmp_path / "ours"))
+    name, weight = next(iter(written.items()))
+    assert torch.equal(model.get_submodule(name).dequantized(), weight)
+    again = run(capsys, *words, "--json")
+    assert again.code == 1
+    assert "exists already" in again.json["error"]

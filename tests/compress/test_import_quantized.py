@@ -1,0 +1,181 @@
+"""GPTQ, AWQ and compressed-tensors folders become folders of ours with the same weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests import models_for_tests as models
+from tests.quant import published
+from transformers import AutoModelForCausalLM
+
+from modicum.compress.import_quantized import import_quantized, quantization_of
+from modicum.errors import ConfigError, CorruptAdapterError
+from modicum.models.loading import load_base
+from modicum.quant.affine import AffineLinear
+
+WRITERS = {
+    "gptq": published.gptq,
+    "gptq 3 bits, second format": lambda folder, model: published.gptq(folder, model, 3, version=2),
+    "gptq symmetric": lambda folder, model: published.gptq(folder, model, 8, symmetric=True),
+    "awq": published.awq,
+    "compressed-tensors": published.compressed_tensors,
+    "compressed-tensors rows": lambda folder, model: published.compressed_tensors(folder, model, 8, None),
+    "compressed-tensors int8": lambda folder, model: published.compressed_tensors(
+        folder, model, 8, packed=False
+    ),
+}
+
+
+def settings_of(folder, **changes) -> None:
+    """Change the quantization_config of a folder."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"] |= changes
+    file.write_text(json.dumps(config))
+
+
+def dense(written: dict[str, torch.Tensor], dtype: torch.dtype):
+    """The test model with the weights that were written, in float32."""
+    model = published.llama(torch.float32)
+    model.load_state_dict(published.llama(dtype).state_dict())
+    for name, weight in written.items():
+        model.get_submodule(name).weight.data = weight
+    return model
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_the_imported_model_is_the_one_that_was_written(tmp_path, kind):
+    written = WRITERS[kind](tmp_path / "theirs", published.llama())
+    (tmp_path / "theirs" / "tokenizer_config.json").write_text("{}")
+    seen = []
+    tried = import_quantized(tmp_path / "theirs", tmp_path / "ours", dry_run=True)
+    assert not list(tmp_path.glob("ours*"))
+    report = import_quantized(
+        tmp_path / "theirs", tmp_path / "ours", progress=lambda *step: seen.append(step)
+    )
+    assert report.layers == len(written) == len(seen) == 14
+    assert (report.bits, report.bytes_after, report.notes) == (tried.bits, tried.bytes_after, ())
+    assert not list(tmp_path.glob("*.partial"))
+    assert (tmp_path / "ours" / "tokenizer_config.json").is_file()
+    stored = load_file(tmp_path / "ours" / "model.safetensors")
+    assert sum(tensor.nbytes for tensor in stored.values()) == report.bytes_after
+    model = load_base(str(tmp_path / "ours"), dtype="float32")
+    for name, weight in written.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, AffineLinear)
+        assert torch.equal(layer.dequantized(), weight), name
+    ids = models.tokens()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(ids).logits, dense(written, torch.bfloat16)(ids).logits, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_what_is_imported_can_be_saved_and_loaded_again(tmp_path):
+    written = published.gptq(tmp_path / "theirs", published.llama())
+    import_quantized(tmp_path / "theirs", tmp_path / "ours")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    for name, weight in written.items():
+        assert torch.equal(again.get_submodule(name).dequantized(), weight)
+
+
+def test_layers_may_have_different_widths(tmp_path):
+    """One group of the configuration for the attention, one for the rest, by patterns and by class."""
+    model = published.llama()
+    four = published.compressed_tensors(tmp_path / "four", model, 4)
+    eight = published.compressed_tensors(tmp_path / "eight", model, 8, None, symmetric=True)
+    tensors = load_file(tmp_path / "four" / "model.safetensors")
+    other = load_file(tmp_path / "eight" / "model.safetensors")
+    tensors = {key: value for key, value in tensors.items() if "self_attn" not in key}
+    tensors |= {key: value for key, value in other.items() if "self_attn" in key}
+    save_file(tensors, tmp_path / "four" / "model.safetensors")
+    groups = [
+        json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]["config_groups"][
+            "group_0"
+        ]
+        for name in ("four", "eight")
+    ]
+    groups[1]["targets"] = ["re:.*self_attn.*"]
+    groups[1]["input_activations"] = {"num_bits": 8, "dynamic": True}
+    settings_of(tmp_path / "four", config_groups={"group_0": groups[0], "group_1": groups[1]})
+    report = import_quantized(tmp_path / "four", tmp_path / "ours")
+    assert report.bits == {4: 6, 8: 8}
+    assert "activations" in report.notes[0]
+    ours = load_base(str(tmp_path / "ours"))
+    for name in four:
+        wanted = eight[name] if "self_attn" in name else four[name]
+        assert torch.equal(ours.get_submodule(name).dequantized(), wanted), name
+
+
+def test_settings_of_older_tools_are_found(tmp_path):
+    """AutoGPTQ's quantize_config.json beside a weights file of any name."""
+    written = published.gptq(tmp_path, published.llama())
+    config = json.loads((tmp_path / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    for key in ("quant_method", "checkpoint_format"):
+        del settings[key]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert quantization_of(tmp_path) is None
+    (tmp_path / "quantize_config.json").write_text(json.dumps(settings))
+    (tmp_path / "model.safetensors").rename(tmp_path / "gptq_model-4bit-32g.safetensors")
+    assert import_quantized(tmp_path, tmp_path / "ours").quant_method == "gptq"
+    model = load_base(str(tmp_path / "ours"))
+    assert all(
+        torch.equal(model.get_submodule(name).dequantized(), weight) for name, weight in written.items()
+    )
+
+
+def test_what_cannot_be_taken_over_is_refused_and_nothing_is_written(tmp_path):
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    with pytest.raises(ConfigError, match="no checkpoint quantized by gptq, awq"):
+        import_quantized(tmp_path, ours)
+    shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(0)) // 32
+    published.gptq(theirs, published.llama(), g_idx=shuffled)
+    with pytest.raises(ConfigError, match=r"act-order.*layers.0.mlp.gate_proj.* and 9 more"):
+        import_quantized(theirs, ours)
+    published.awq(theirs, published.llama())
+    settings_of(theirs, version="gemv")
+    with pytest.raises(ConfigError, match="its format is 'gemv'; gemm"):
+        import_quantized(theirs, ours)
+    published.compressed_tensors(theirs, published.llama())
+    settings_of(theirs, sparsity_config={"format": "sparse-24-bitmask"}, format="nvfp4-pack-quantized")
+    with pytest.raises(ConfigError, match=r"its format is 'nvfp4.*stored sparse"):
+        import_quantized(theirs, ours)
+    assert not list(tmp_path.glob("ours*"))
+
+
+def test_damaged_and_foreign_tensors_are_refused(tmp_path):
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    published.awq(theirs, published.llama())
+    file = theirs / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "model.layers.0.mlp.act.scales": torch.ones(4)}, file)
+    with pytest.raises(ConfigError, match=r"mlp.act.scales"):
+        import_quantized(theirs, ours)
+    save_file({key.replace("q_proj", "query"): value for key, value in tensors.items()}, file)
+    with pytest.raises(ConfigError, match=r"layers.0.self_attn.query"):
+        import_quantized(theirs, ours)
+    save_file({key: value for key, value in tensors.items() if "up_proj.scales" not in key}, file)
+    with pytest.raises(ConfigError, match="lacks the tensor 'scales'"):
+        import_quantized(theirs, ours)
+    save_file(tensors, file)
+    os.truncate(file, 5000)
+    with pytest.raises(CorruptAdapterError):
+        import_quantized(theirs, ours)
+    assert not list(tmp_path.glob("ours*"))
+
+
+def test_an_existing_output_is_kept_unless_overwritten(tmp_path):
+    published.awq(tmp_path / "theirs", published.llama())
+    (tmp_path / "ours").mkdir()
+    Path(tmp_path / "ours" / "mine").write_text("x")
+    with pytest.raises(ConfigError, match="exists already"):
+        import_quantized(tmp_path / "theirs", tmp_path / "ours")
+    import_quantized(tmp_path / "theirs", tmp_path / "ours", overwrite=True)
+    assert not (tmp_path / "ours" / "mine").exists()
