@@ -19,8 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from modicum._version import __version__
+from modicum.compress.bitsandbytes import faults_of, quantize_with_bitsandbytes
 from modicum.compress.quantize_plan import Plan, Texts
-from modicum.compress.quantize_report import LayerReport, QuantizationReport, QuantizeOptions, bits_of
+from modicum.compress.quantize_report import (
+    FOREIGN,
+    LayerReport,
+    QuantizationReport,
+    QuantizeOptions,
+    bits_of,
+)
 from modicum.compress.source import Linear, Source
 from modicum.compress.streaming import Stack, watching
 from modicum.compress.work import Work
@@ -64,6 +71,8 @@ def quantize_model(
     faults = options.faults()
     fault = work.fault(resume=resume, overwrite=overwrite)
     faults += [fault] if fault else []
+    foreign = options.algorithm in FOREIGN
+    faults += faults_of(options) if foreign else []
     try:
         source = Source(model)
     except ModicumError as error:
@@ -71,6 +80,11 @@ def quantize_model(
             raise
         raise ConfigError(f"cannot quantize {model}: {'; '.join([str(error), *faults])}") from error
     with source:
+        if foreign:
+            report = quantize_with_bitsandbytes(source, options, work, model, faults, dry_run=dry_run)
+            if not dry_run:
+                work.publish()
+            return report
         plan = Plan.of(source, options)
         faults += plan.faults
         if not dry_run:
@@ -122,6 +136,8 @@ class _Job:
             streams, following = _entered(stack, texts), 0
         else:
             streams = {name: tensor.clone() for name, tensor in self.work.tensors(_STREAMS).items()}
+            # one sequence more, for what the model gives its layers beside the hidden states
+            _entered(stack, texts, 1)
         total = len(self.plan.units)
         for index in range(following, total):
             unit = self.plan.units[index]
@@ -249,10 +265,10 @@ class _OutputErrors:
         }
 
 
-def _entered(stack: Stack, texts: Texts) -> dict[str, Tensor]:
+def _entered(stack: Stack, texts: Texts, most: int | None = None) -> dict[str, Tensor]:
     """The hidden states of all streams in front of the first layer."""
     wanted = {"calibration": texts.calibration, "original": texts.evaluation}
-    ids = {name: sequences.ids for name, sequences in wanted.items() if sequences is not None}
+    ids = {name: sequences.ids[:most] for name, sequences in wanted.items() if sequences is not None}
     streams = dict(zip(ids, stack.enter(*ids.values()), strict=True))
     if "original" in streams:
         streams["quantized"] = streams["original"].clone()
@@ -301,7 +317,7 @@ def _report(
     **measured: Any,
 ) -> QuantizationReport:
     sizes = {key: (tensor.numel(), tensor.nbytes) for key in source.files for tensor in [source.tensor(key)]}
-    replaced = [f"{linear.stored}.weight" for linear in plan.linears]
+    replaced = [linear.key for linear in plan.linears]
     before = sum(size for _, size in sizes.values())
     calibration, evaluation = plan.texts.calibration, plan.texts.evaluation
     return QuantizationReport(

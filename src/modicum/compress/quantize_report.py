@@ -6,14 +6,16 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from modicum.errors import did_you_mean
+from modicum.errors import ConfigError, did_you_mean
 from modicum.quant.spec import AffineSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-ALGORITHMS = ("rtn", "mse", "gptq")
+#: algorithms whose layers bitsandbytes stores in formats of its own
+FOREIGN = ("nf4", "int8")
+ALGORITHMS = ("rtn", "mse", "gptq", *FOREIGN)
 CLIPS = ("minmax", "mse")
 
 
@@ -28,7 +30,8 @@ class QuantizeOptions:
     block: tuple[int, int] | None = None
     #: "float", "integer" or "none" (symmetric)
     zero_point: str = "float"
-    #: "rtn" covers the range, "mse" clips it for the least squared error, "gptq" makes up for errors
+    #: "rtn" covers the range, "mse" clips it for the least squared error, "gptq" makes up for errors; "nf4" and
+    #: "int8" are the formats of bitsandbytes
     algorithm: str = "gptq"
     #: gptq: how grids are fitted, "minmax" or "mse"
     clip: str = "minmax"
@@ -160,6 +163,18 @@ class QuantizationReport:
     notes: list[str] = field(default_factory=list)
     dry_run: bool = False
     modicum_version: str = ""
+
+
+def parse_block(text: str) -> tuple[int, int]:
+    """(q, p) of `QxP`.
+
+    Raises:
+        ConfigError: it is not written so.
+    """
+    q, cross, p = text.lower().partition("x")
+    if not cross or not q.strip().isdecimal() or not p.strip().isdecimal():
+        raise ConfigError(f"block = {text!r}; write outputs x inputs, e.g. 8x4")
+    return int(q), int(p)
 
 
 def bits_of(layers: Sequence[LayerReport]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,9 @@ class Linear:
 
     #: its name in the model
     name: str
-    #: its name in the checkpoint, whose tensors may carry another prefix
+    #: the key of its weight in the checkpoint
+    key: str
+    #: the name that its tensors have in a quantized folder: as in the checkpoint, with or without the prefix
     stored: str
     #: (out, in)
     shape: tuple[int, int]
@@ -101,7 +104,21 @@ class Source:
         names = [name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"]
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         names += [other for pair in tied.items() if name in pair for other in pair if other != name]
-        return next((key for key in names if key in self.files), None)
+        direct = next((key for key in names if key in self.files), None)
+        return direct or self._renamed.get(name)
+
+    @functools.cached_property
+    def _renamed(self) -> dict[str, str]:
+        """Name in the model -> key in the checkpoint, as Transformers renames them for old checkpoints."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+        transforms = get_model_conversion_mapping(self.model)
+        renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+        # those join or split tensors
+        others: Any = [entry for entry in transforms if not isinstance(entry, WeightRenaming)]
+        names = {key: rename_source_key(key, renamings, others) for key in self.files}
+        return {name: key for key, (name, joined) in names.items() if joined is None}
 
     def linears(self, names: list[str]) -> list[Linear]:
         """The linear layers called `names`, with what the checkpoint calls them.
@@ -120,7 +137,10 @@ class Source:
             shape = tuple(self.tensor(key).shape)
             if shape != (out, inner):
                 wrong.append(f"{key} is {shape}, the configuration says {(out, inner)}")
-            found.append(Linear(name, key.removesuffix(".weight"), (out, inner)))
+            stored = key.removesuffix(".weight")
+            # a loader finds quantized layers by the model's names, but for the prefix
+            same = stored.endswith(name) or name.endswith(stored)
+            found.append(Linear(name, key, stored if same else name, (out, inner)))
         if missing:
             raise ConfigError(
                 f"{self.folder} holds no weight for {listing(missing)}; it may have been saved for another task "
@@ -132,7 +152,7 @@ class Source:
 
     def weight(self, linear: Linear) -> Tensor:
         """The weight (out, in) of a layer, in the type it is stored in."""
-        return self.tensor(f"{linear.stored}.weight")
+        return self.tensor(linear.key)
 
     def fill(self, module: nn.Module, prefix: str, skip: tuple[str, ...] = ()) -> None:
         """Gives the parameters of `module` (called `prefix` in the model) their weights in place, in float32.

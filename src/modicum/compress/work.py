@@ -95,9 +95,14 @@ class Work:
         folder.mkdir()
         return folder
 
+    @property
+    def finished(self) -> Path:
+        """The folder of the finished model, as it is."""
+        return self.folder / _MODEL
+
     def publish(self) -> None:
         """Put the finished model in the place of the output and remove the folder."""
-        folder = self.folder / _MODEL
+        folder = self.finished
         for file in folder.iterdir():
             _sync(file)
         _sync(folder)

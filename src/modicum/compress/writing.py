@@ -33,7 +33,7 @@ def write_folder(
     """Write the finished model into the work folder. Tensors are copied from file to file, none is held in memory."""
     folder = work.model
     quantized = {key: tensor for unit in plan.units for key, tensor in work.tensors(unit.name).items()}
-    replaced = {f"{linear.stored}.weight" for linear in plan.linears}
+    replaced = {linear.key for linear in plan.linears}
     tensors = {key: source.tensor(key) for key in source.files if key not in replaced}
     write_shards(folder, dict(sorted({**tensors, **quantized}.items())))
     write_text(folder / "config.json", _pretty({**source.raw, "quantization_config": dict(config)}))

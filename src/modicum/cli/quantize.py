@@ -1,0 +1,109 @@
+"""Quantize a model to 2, 3, 4 or 8 bits, layer by layer, and say what it costs."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from modicum.cli._common import JsonFlag, emit, progress, size, table
+
+
+def run(  # long: one line or three for each option
+    model: Annotated[str, typer.Argument(help="A model folder, a hub name, or 'embedded'.")],
+    output: Annotated[Path, typer.Option(help="The folder to write.")],
+    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Inputs of a row that share a scale.")] = 128,
+    block: Annotated[
+        str | None, typer.Option(help="QxP, e.g. 8x4: blocks that share a scale, instead of groups.")
+    ] = None,
+    zero_point: Annotated[str, typer.Option(help="float, integer or none (symmetric).")] = "float",
+    algorithm: Annotated[
+        str,
+        typer.Option(help="rtn, mse (clipped) or gptq; nf4 and int8 are those of bitsandbytes."),
+    ] = "gptq",
+    clip: Annotated[
+        str, typer.Option(help="gptq: grids cover the range (minmax) or have the least error (mse).")
+    ] = "minmax",
+    act_order: Annotated[
+        bool, typer.Option("--act-order", help="gptq: columns with large inputs first.")
+    ] = False,
+    calibration: Annotated[
+        list[Path] | None, typer.Option(help="gptq: text files to calibrate on; bundled text without.")
+    ] = None,
+    sequences: Annotated[int, typer.Option(help="gptq: sequences to calibrate on.")] = 128,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
+    eval_text: Annotated[
+        Path | None, typer.Option(help="Measure perplexity on this text file; bundled text without.")
+    ] = None,
+    eval_sequences: Annotated[int, typer.Option(help="Measure on so many sequences at most, 0: all.")] = 64,
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not measure perplexity.")] = False,
+    scale_dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    offset_dtype: Annotated[
+        str | None, typer.Option(help="bfloat16 unless set; float32 for integer zero-points.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Layers that stay as they are: name endings, a regex.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan only, write nothing.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write MODEL with quantized linear layers as a folder that `from_pretrained` loads.
+
+    Embeddings and the output head stay as they are. One decoder layer is in memory at a time.
+    """
+    from modicum.compress.quantize import quantize_model
+    from modicum.compress.quantize_report import QuantizeOptions, parse_block
+
+    options = QuantizeOptions(
+        bits=bits,
+        group_size=group_size,
+        block=None if block is None else parse_block(block),
+        zero_point=zero_point,
+        algorithm=algorithm,
+        clip=clip,
+        act_order=act_order,
+        scale_dtype=scale_dtype,
+        offset_dtype=offset_dtype,
+        exclude=tuple(exclude or ()),
+        calibration=tuple(calibration or ()),
+        sequences=sequences,
+        sequence_length=sequence_length,
+        evaluate=not no_eval,
+        eval_text=eval_text,
+        eval_sequences=eval_sequences,
+    )
+    with progress("quantize") as advance:
+        report = quantize_model(
+            model,
+            output,
+            options,
+            resume=resume,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            progress=lambda done, total, name: advance(note=f"{name} ({done}/{total})"),
+        )
+    emit(report, as_json, _show)
+
+
+def _show(report: Any) -> Any:
+    layers = [
+        [layer.name, "x".join(map(str, layer.shape)), f"{layer.bits_per_weight:.2f}", size(layer.bytes)]
+        + [f"{e:.4f}" if e is not None else "" for e in (layer.weight_error, layer.output_error)]
+        for layer in report.layers
+    ]
+    columns = ["layer", "shape", "bits", "size", "weight error", "output error"]
+    before, after = report.perplexity_before, report.perplexity_after
+    rows = [
+        ["bits per weight", f"{report.bits_per_weight:.3f}"],
+        ["quantized weights", f"{report.quantized_weights:,} ({report.kept_weights:,} stay)"],
+        ["size", f"{size(report.bytes_before)} -> {size(report.bytes_after)}"],
+        *([["perplexity", f"{before:.3f} -> {after:.3f} on {report.evaluation}"]] if before else []),
+        *([["calibrated on", f"{report.calibration}"]] if report.calibration else []),
+        *[["note", note] for note in report.notes],
+        ["output", report.output + (" (nothing written)" if report.dry_run else "")],
+    ]
+    shown = layers if report.dry_run else sorted(layers, key=lambda row: row[5], reverse=True)[:5]
+    title = "layers" if report.dry_run else "layers with the largest output error"
+    return [table("quantize", ["", "what"], rows), table(title, columns, shown)]

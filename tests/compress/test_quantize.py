@@ -1,0 +1,542 @@
+"""Quantized folders: what is stored, what it costs, streaming against the loaded model, resuming, refusing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tests import models_for_tests as models
+from tests import small_checkpoints as small
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import modicum  # noqa: F401 - registers the format
+from modicum.compress.calibration import evaluation_sequences, text_sequences
+from modicum.compress.quantize import quantize_model
+from modicum.compress.quantize_report import QuantizeOptions
+from modicum.compress.source import Source
+from modicum.compress.streaming import Stack, layer_names
+from modicum.compress.writing import write_shards
+from modicum.errors import ConfigError, CorruptAdapterError
+from modicum.ops.affine import decode, encode, fit_grid, pack, unpack
+from modicum.ops.gptq import Hessian, gptq
+from modicum.quant.affine import AffineLinear
+
+LENGTH = 24
+#: both dimensions of the small models (32 and 48) are multiples
+GROUP = 16
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    words = ["the cat sat", "on 12 mats", "and (some) dogs", "ran; far away", "to Rome!"]
+    file.write_text("\n".join(words[n * n % 5] + words[n % 3] for n in range(90)), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def options(text):
+    return QuantizeOptions(
+        bits=3, group_size=GROUP, algorithm="rtn", sequence_length=LENGTH, sequences=12, eval_text=text,
+        eval_sequences=10,
+    )  # fmt: skip
+
+
+def with_gptq(options, text, **others):
+    return dataclasses.replace(options, algorithm="gptq", calibration=(text,), **others)
+
+
+def perplexity(folder, text, **loading):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **loading).eval()
+    ids = evaluation_sequences(text, AutoTokenizer.from_pretrained(folder), 10, LENGTH).ids
+    with torch.no_grad():
+        return math.exp(sum(float(model(input_ids=row, labels=row).loss) for row in ids.split(1)) / len(ids))
+
+
+def saved(model, folder):
+    model.save_pretrained(folder)
+    small.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tensors_of(folder):
+    return {
+        key: value for file in sorted(folder.glob("*.safetensors")) for key, value in load_file(file).items()
+    }
+
+
+def files_of(folder):
+    """Content of all files, without what depends on the clock."""
+    found = {file.name: file.read_bytes() for file in folder.iterdir()}
+    report = json.loads(found.pop("quantization_report.json"))
+    report["seconds"] = report["output"] = None
+    for layer in report["layers"]:
+        layer["seconds"] = None
+    return found, report
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {},
+        {"algorithm": "mse", "bits": 4, "offset_dtype": "float32"},
+        {"bits": 8, "zero_point": "none", "scale_dtype": "float16"},
+        {"bits": 2, "block": (8, 4), "zero_point": "integer"},
+        {"algorithm": "gptq", "bits": 4},
+        {"algorithm": "gptq", "block": (4, 8), "act_order": True, "clip": "mse", "zero_point": "integer"},
+    ],
+    ids=str,
+)
+def test_the_folder_holds_what_the_report_says(chosen, options, text, tmp_path):
+    calibration = (text,) if chosen.get("algorithm") == "gptq" else ()
+    options = dataclasses.replace(options, **chosen, calibration=calibration)
+    seen = []
+    report = quantize_model(
+        str(small.llama()), tmp_path / "q", options, progress=lambda *step: seen.append(step)
+    )
+    assert seen == [(1, 2, "model.layers.0"), (2, 2, "model.layers.1")]
+    assert not (tmp_path / "q.partial").exists()
+    # streamed layer by layer, and the model as anybody loads it
+    assert report.perplexity_before == pytest.approx(perplexity(small.llama(), text), rel=1e-5)
+    assert report.perplexity_after == pytest.approx(perplexity(tmp_path / "q", text), rel=1e-5)
+    assert report.evaluation_tokens == 10 * (LENGTH - 1)
+    stored, original = tensors_of(tmp_path / "q"), tensors_of(small.llama())
+    kept = [key for key in original if not key.endswith("_proj.weight")]
+    assert all(torch.equal(stored[key], original[key]) for key in kept)
+    own = {key: tensor for key, tensor in stored.items() if key not in kept}
+    assert {key.rpartition(".")[2] for key in own} <= {"codes", "scales", "offsets"}
+    weights = sum(original[key].numel() for key in original if key not in kept)
+    assert report.bits_per_weight == pytest.approx(8 * sum(t.nbytes for t in own.values()) / weights)
+    assert report.bytes_after == sum(tensor.nbytes for tensor in stored.values())
+    assert report.bytes_before == sum(tensor.nbytes for tensor in original.values())
+    assert (report.quantized_weights, report.kept_weights) == (
+        weights,
+        sum(original[k].numel() for k in kept),
+    )
+    assert len(report.layers) == 14
+    for layer in report.layers:
+        weight = original[f"{layer.name}.weight"]
+        bits, block = options.bits, options.spec.block
+        from modicum.ops.affine import Grid
+
+        grid = Grid(stored[f"{layer.name}.scales"], stored.get(f"{layer.name}.offsets"))
+        value = decode(unpack(stored[f"{layer.name}.codes"], bits, weight.shape[1]), grid, bits, block)
+        assert layer.shape == tuple(weight.shape)
+        assert layer.weight_error == pytest.approx(float((value - weight).norm() / weight.norm()), rel=1e-4)
+        assert 0 < layer.output_error < 1
+    written = json.loads((tmp_path / "q" / "quantization_report.json").read_text())
+    assert written == json.loads(json.dumps(dataclasses.asdict(report)))
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "q")("cat").input_ids == small.tokenizer()("cat").input_ids
+    )
+    assert (tmp_path / "q" / "generation_config.json").is_file()
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "q").iterdir()} == {0o644}
+
+
+def test_without_evaluation_matrices_are_rounded_one_by_one(options, tmp_path):
+    streamed = quantize_model(str(small.llama()), tmp_path / "a", options)
+    plain = quantize_model(
+        str(small.llama()), tmp_path / "b", dataclasses.replace(options, evaluate=False, eval_text=None)
+    )
+    a, b = tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert plain.perplexity_after is None
+    assert plain.layers[0].output_error is None
+    assert plain.layers[3].weight_error == streamed.layers[3].weight_error
+    weight = tensors_of(small.llama())["model.layers.1.mlp.up_proj.weight"]
+    grid = fit_grid(weight, 3, (1, GROUP), offset_dtype=torch.bfloat16)
+    assert torch.equal(a["model.layers.1.mlp.up_proj.codes"], pack(encode(weight, grid, 3, (1, GROUP)), 3))
+
+
+def test_gptq_is_fitted_to_the_inputs_that_quantized_layers_give(options, text, tmp_path):
+    """The second layer's codes follow from a plain forward of the model whose first layer is quantized."""
+    options = with_gptq(options, text)
+    quantize_model(str(small.llama()), tmp_path / "q", options)
+    model = AutoModelForCausalLM.from_pretrained(small.llama()).eval()
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)
+    stored = tensors_of(tmp_path / "q")
+    for name, module in list(model.model.layers[0].named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            value = quantized.model.layers[0].get_submodule(name).dequantized()
+            module.weight = torch.nn.Parameter(value)
+    ids = text_sequences([text], small.tokenizer(), 12, LENGTH).ids
+    for name in ("self_attn.k_proj", "self_attn.o_proj", "mlp.down_proj"):
+        linear, hessian = model.model.layers[1].get_submodule(name), None
+        hessian = Hessian(linear.in_features)
+        handle = linear.register_forward_pre_hook(lambda _m, args, h=hessian: h.add(args[0]))
+        with torch.no_grad():
+            model(input_ids=ids)
+        handle.remove()
+        want = gptq(linear.weight, hessian.matrix(), 3, (1, GROUP), offset_dtype=torch.bfloat16)
+        codes = unpack(stored[f"model.layers.1.{name}.codes"], 3, linear.in_features)
+        assert (codes == want.codes).float().mean() > 0.98
+
+
+def test_gptq_loses_less_of_the_outputs_than_rounding(options, text, tmp_path):
+    rounded = quantize_model(str(small.llama()), tmp_path / "a", options)
+    fitted = quantize_model(str(small.llama()), tmp_path / "b", with_gptq(options, text))
+    pairs = list(zip(rounded.layers, fitted.layers, strict=True))
+    assert sum(b.output_error < a.output_error for a, b in pairs) >= 10
+    assert all(b.weight_error > 0.9 * a.weight_error for a, b in pairs)
+    assert fitted.calibration_tokens == 12 * LENGTH
+    assert rounded.calibration is None
+
+
+class Stop(Exception):  # noqa: N818 - not an error
+    pass
+
+
+def stop_at(step):
+    def progress(done, _total, _name):
+        if done == step:
+            raise Stop
+
+    return progress
+
+
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("streamed", [True, False])
+def test_an_interrupted_run_goes_on_where_it_was(step, streamed, options, text, tmp_path):
+    options = with_gptq(options, text)
+    if not streamed:
+        options = dataclasses.replace(
+            options, algorithm="mse", calibration=(), evaluate=False, eval_text=None
+        )
+    model, output = str(small.llama()), tmp_path / "q"
+    whole = quantize_model(model, tmp_path / "whole", options)
+    with pytest.raises(Stop):
+        quantize_model(model, output, options, progress=stop_at(step))
+    assert not output.exists()
+    with pytest.raises(ConfigError, match=r"q\.partial holds an unfinished run; go on with --resume"):
+        quantize_model(model, output, options)
+    other = dataclasses.replace(options, bits=4, damping=0.5)
+    with pytest.raises(ConfigError, match=r"other options: bits was 3, is 4; damping was 0\.01, is 0\.5"):
+        quantize_model(model, output, other, resume=True)
+    done = []
+    resumed = quantize_model(model, output, options, resume=True, progress=lambda *s: done.append(s[0]))
+    assert done == (list(range(step + 1, 3)) if streamed else list(range(1, 15)))
+    assert files_of(output) == files_of(tmp_path / "whole")
+    assert resumed.perplexity_after == whole.perplexity_after
+    assert not (tmp_path / "q.partial").exists()
+
+
+def test_a_run_that_lost_its_streams_begins_again(options, text, tmp_path):
+    options, output = with_gptq(options, text), tmp_path / "q"
+    quantize_model(str(small.llama()), tmp_path / "whole", options)
+    with pytest.raises(Stop):
+        quantize_model(str(small.llama()), output, options, progress=stop_at(1))
+    (tmp_path / "q.partial" / "streams.safetensors").unlink()
+    quantize_model(str(small.llama()), output, options, resume=True)
+    assert files_of(output) == files_of(tmp_path / "whole")
+
+
+def test_a_damaged_work_folder_says_so(options, tmp_path):
+    output = tmp_path / "q"
+    with pytest.raises(Stop):
+        quantize_model(str(small.llama()), output, options, progress=stop_at(2))
+    (tmp_path / "q.partial" / "layer-00000.safetensors").write_bytes(b"\0\0")
+    with pytest.raises(CorruptAdapterError, match=r"layer-00000.* cannot be read.*start anew"):
+        quantize_model(str(small.llama()), output, options, resume=True)
+    assert not output.exists()
+    quantize_model(str(small.llama()), output, options, overwrite=True)
+
+
+def test_overwriting_replaces_the_whole_folder(options, tmp_path):
+    output = tmp_path / "q"
+    output.mkdir()
+    (output / "old.txt").write_text("old")
+    with pytest.raises(ConfigError, match=r"q exists already; choose another name or pass --overwrite"):
+        quantize_model(str(small.llama()), output, options)
+    assert [file.name for file in output.iterdir()] == ["old.txt"]
+    quantize_model(str(small.llama()), output, options, overwrite=True)
+    assert (output / "config.json").is_file()
+    assert not (output / "old.txt").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["q"]
+
+
+def test_a_plan_writes_nothing_and_tells_the_sizes(options, tmp_path):
+    plan = quantize_model(str(small.llama()), tmp_path / "q", options, dry_run=True)
+    assert list(tmp_path.iterdir()) == []
+    done = quantize_model(str(small.llama()), tmp_path / "q", options)
+    for name in ("bits_per_weight", "bytes_before", "bytes_after", "quantized_weights", "kept_weights"):
+        assert getattr(plan, name) == getattr(done, name)
+    assert [(p.name, p.bytes) for p in plan.layers] == [(d.name, d.bytes) for d in done.layers]
+    assert plan.dry_run
+    assert plan.layers[0].weight_error is None
+
+
+FAMILIES = {
+    "gpt_neox": ("GPTNeoXConfig", {"intermediate_size": 48}),
+    "opt": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "qwen3": ("Qwen3Config", {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 16}),
+    "gemma2": (
+        "Gemma2Config",
+        {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8},
+    ),
+    "phi": ("PhiConfig", {"intermediate_size": 48}),
+    "mistral": ("MistralConfig", {"intermediate_size": 48, "num_key_value_heads": 2, "sliding_window": 6}),
+    "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_of_decoders(family, options, text, tmp_path):
+    name, shape = FAMILIES[family]
+    usual = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = getattr(transformers, name)(
+        vocab_size=101, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        initializer_range=0.2, **(usual | shape),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for key, parameter in model.named_parameters():
+        if key.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    folder = saved(model, tmp_path / "model")
+    report = quantize_model(str(folder), tmp_path / "q", with_gptq(options, text))
+    assert report.perplexity_before == pytest.approx(perplexity(folder, text), rel=1e-4)
+    assert report.perplexity_after == pytest.approx(perplexity(tmp_path / "q", text), rel=1e-4)
+    assert report.perplexity_after != pytest.approx(report.perplexity_before, rel=1e-4)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+    found = [name for name, module in loaded.named_modules() if isinstance(module, AffineLinear)]
+    assert found == [layer.name for layer in report.layers]
+    assert not any(name.endswith("lm_head") for name in found)
+
+
+def test_a_sharded_bfloat16_checkpoint_with_tied_embeddings(options, text, tmp_path):
+    torch.manual_seed(0)
+    config = AutoModelForCausalLM.from_pretrained(small.llama()).config
+    config.tie_word_embeddings = True
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    small.tokenizer().save_pretrained(tmp_path / "model")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
+    report = quantize_model(str(tmp_path / "model"), tmp_path / "q", with_gptq(options, text))
+    assert report.perplexity_after == pytest.approx(perplexity(tmp_path / "q", text), rel=1e-5)
+    stored = tensors_of(tmp_path / "q")
+    assert stored["model.embed_tokens.weight"].dtype == torch.bfloat16
+    assert "lm_head.weight" not in stored
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype="auto").dtype == torch.bfloat16
+
+
+def test_large_models_are_written_in_shards(options, tmp_path):
+    quantize_model(str(small.llama()), tmp_path / "q", options)
+    tensors = tensors_of(tmp_path / "q")
+    sharded = tmp_path / "sharded"
+    shutil.copytree(tmp_path / "q", sharded)
+    (sharded / "model.safetensors").unlink()
+    write_shards(sharded, tensors, most=20_000)
+    shards = sorted(sharded.glob("*.safetensors"))
+    assert len(shards) > 1
+    for shard in shards:
+        with safe_open(shard, framework="pt") as file:
+            assert sum(file.get_tensor(key).nbytes for key in file.keys()) <= 20_000  # noqa: SIM118
+    a, b = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (tmp_path / "q", sharded))
+    ids = torch.arange(4, 30).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(a(ids).logits, b(ids).logits)
+
+
+def test_encoders_go_matrix_by_matrix(options, tmp_path):
+    folder = saved(models.bert(), tmp_path / "model")
+    options = dataclasses.replace(options, algorithm="mse", bits=8, eval_text=None)
+    report = quantize_model(str(folder), tmp_path / "q", options)
+    assert report.perplexity_after is None
+    assert "no perplexity" in report.notes[0]
+    names = [layer.name for layer in report.layers]
+    assert "bert.encoder.layer.1.output.dense" in names
+    assert "classifier" not in names
+    ids = models.tokens()
+    a, b = (
+        AutoModelForSequenceClassification.from_pretrained(path).eval() for path in (folder, tmp_path / "q")
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(a(ids).logits, b(ids).logits, rtol=0.1, atol=0.1)
+    with pytest.raises(ConfigError, match=r"gptq needs a causal language model.*mse or rtn"):
+        quantize_model(str(folder), tmp_path / "p", dataclasses.replace(options, algorithm="gptq"))
+
+
+def test_the_layers_of_gpt2_are_refused(options, tmp_path):
+    folder = saved(models.gpt2(), tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"transposed Conv1D modules \(transformer\.h\.0\.attn\.c_attn"):
+        quantize_model(str(folder), tmp_path / "q", options)
+
+
+def test_joined_experts_are_refused_with_a_way_out(options, tmp_path):
+    config = transformers.MixtralConfig(
+        vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=2, max_position_embeddings=64,
+    )  # fmt: skip
+    folder = saved(transformers.MixtralForCausalLM(config), tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"does not store .*experts.*without evaluation"):
+        quantize_model(str(folder), tmp_path / "q", options)
+    plain = dataclasses.replace(options, evaluate=False, eval_text=None)
+    report = quantize_model(str(folder), tmp_path / "q", plain, overwrite=True)
+    assert {layer.name.rpartition(".")[2] for layer in report.layers} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    }
+    AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+
+
+def test_excluded_layers_stay_as_they_are(options, tmp_path):
+    chosen = dataclasses.replace(options, exclude=("down_proj", r".*layers\.0\.self_attn.*"))
+    report = quantize_model(str(small.llama()), tmp_path / "q", chosen)
+    names = {layer.name for layer in report.layers}
+    assert len(names) == 14 - 2 - 4
+    stored = tensors_of(tmp_path / "q")
+    assert "model.layers.1.mlp.down_proj.weight" in stored
+    assert "model.layers.0.self_attn.q_proj.weight" in stored
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+    assert type(model.model.layers[1].mlp.down_proj) is torch.nn.Linear
+    assert "model.layers.0.self_attn.q_proj" in model.config.quantization_config.modules_to_not_convert
+    with pytest.raises(
+        ConfigError, match=r"exclude: no linear layer matches 'dwn_proj'.*did you mean 'down_proj'"
+    ):
+        quantize_model(
+            str(small.llama()), tmp_path / "p", dataclasses.replace(options, exclude=("dwn_proj",))
+        )
+
+
+def test_everything_wrong_is_said_at_once(options, text, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(small.llama(), broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    tensors["model.layers.0.self_attn.q_proj.weight"][0, 0] = float("inf")
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    (tmp_path / "taken").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    wrong = dataclasses.replace(
+        options, algorithm="gptq", bits=5, group_size=32, sequences=0, sequence_length=500, damping=-1.0,
+        scale_dtype="float8", exclude=("nothing",), eval_text=tmp_path / "absent.txt",
+    )  # fmt: skip
+    with pytest.raises(ConfigError) as caught:
+        quantize_model(str(broken), tmp_path / "taken", wrong)
+    for part in (
+        "bits = 5, must be one of 2, 3, 4, 8",
+        "sequences = 0, must be at least 1",
+        "damping = -1.0",
+        "scale_dtype = 'float8'",
+        "taken exists already",
+        "exclude: no linear layer matches 'nothing'",
+        "groups of 32 inputs do not divide model.layers.0.mlp.down_proj (48)",
+        "sizes that divide all layers: 1, 2, 4, 8, 16",
+        "sequence_length = 500, the model takes at most 128 tokens",
+        "NaN or infinite weights in model.layers.0.self_attn.q_proj, model.layers.1.mlp.up_proj",
+    ):
+        assert part in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+    texts = dataclasses.replace(
+        options, algorithm="gptq", calibration=(text,), sequences=1000, eval_text=tmp_path / "absent.txt"
+    )
+    with pytest.raises(ConfigError) as caught:
+        quantize_model(str(small.llama()), tmp_path / "q", texts)
+    for part in (
+        "tokens, which is too short: 1,000 sequences of 24 tokens take 24,000",
+        "absent.txt cannot be read",
+    ):
+        assert part in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_is_quantized_already_is_refused(options, tmp_path):
+    quantize_model(str(small.llama()), tmp_path / "q", options)
+    with pytest.raises(ConfigError, match=r"is quantized already \(modicum\).*both errors"):
+        quantize_model(str(tmp_path / "q"), tmp_path / "p", options)
+    with pytest.raises(ConfigError, match=r"bits = 7.*|quantized already.*bits = 7"):
+        quantize_model(str(tmp_path / "q"), tmp_path / "p", dataclasses.replace(options, bits=7))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        ({"algorithm": "gtpq"}, "did you mean 'gptq'"),
+        ({"act_order": True}, "act_order is an option of gptq, not of rtn"),
+        ({"calibration": (Path("x"),)}, "rtn needs no calibration text"),
+        ({"zero_point": "integer", "offset_dtype": "bfloat16"}, "needs offset_dtype"),
+        ({"block": (0, 4)}, "must be positive"),
+        (
+            {"block": (5, 4)},
+            r"blocks of 5 outputs do not divide .*; sizes that divide all layers: 1, 2, 4, 8, 16",
+        ),
+        ({"evaluate": False}, "an evaluation text without evaluation"),
+        ({"exclude": (".*",)}, "no linear layer is left"),
+    ],
+)
+def test_options_that_contradict(chosen, said, options, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        quantize_model(str(small.llama()), tmp_path / "q", dataclasses.replace(options, **chosen))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_layer_is_in_memory_at_a_time():
+    with Source(str(small.llama())) as source:
+        stack = Stack(source)
+        ids = torch.arange(4, 28).view(2, 12)
+        (hidden,) = stack.enter(ids)
+        assert all(parameter.is_meta for parameter in stack.model.parameters())
+        want = AutoModelForCausalLM.from_pretrained(small.llama()).eval()
+        with torch.no_grad():
+            states = want(ids, output_hidden_states=True).hidden_states
+        for index in range(2):
+            torch.testing.assert_close(hidden, states[index], rtol=1e-5, atol=1e-5)
+            with stack.layer(index) as layer:
+                loaded = {id(p) for p in stack.model.parameters() if not p.is_meta}
+                assert loaded == {id(parameter) for parameter in layer.parameters()}
+                stack.advance(index, hidden)
+        with torch.no_grad():
+            loss = float(want(ids, labels=ids).loss)
+        assert stack.loss(ids, hidden)[0] == pytest.approx(loss, rel=1e-5)
+        assert all(parameter.is_meta for parameter in stack.model.parameters())
+
+
+def test_layer_names_are_found_in_causal_models_only():
+    assert layer_names(models.llama()) == ["model.layers.0", "model.layers.1"]
+    assert layer_names(models.gpt2()) == ["transformer.h.0", "transformer.h.1"]
+    assert layer_names(models.bert()) == []
+
+
+@pytest.mark.parametrize("algorithm", ["nf4", "int8"])
+def test_formats_of_bitsandbytes(algorithm, options, text, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    chosen = QuantizeOptions(
+        algorithm=algorithm, sequence_length=LENGTH, eval_text=text, eval_sequences=10, exclude=("down_proj",)
+    )
+    report = quantize_model(str(small.llama()), tmp_path / "q", chosen)
+    assert 0 < report.layers[0].weight_error < 0.25
+    assert report.perplexity_before == pytest.approx(perplexity(small.llama(), text), rel=1e-5)
+    stored = tensors_of(tmp_path / "q")
+    assert report.bytes_after == sum(tensor.nbytes for tensor in stored.values())
+    assert report.bits_per_weight > (4 if algorithm == "nf4" else 8)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "q").config.quantization_config is not None
+    assert "model.layers.0.mlp.down_proj.weight" in stored
+    with pytest.raises(ConfigError, match=f"{algorithm} has a layout of its own, without bits, group_size"):
+        quantize_model(str(small.llama()), tmp_path / "p", dataclasses.replace(options, algorithm=algorithm))
+
+
+@pytest.mark.shared_data
+def test_the_embedded_model_on_stories(shared_data, tmp_path):
+    import gzip
+
+    for name, size in (("train", 400_000), ("valid", 60_000)):
+        with gzip.open(shared_data / "tinystories" / f"{name}.txt.gz", "rt", encoding="utf-8") as file:
+            (tmp_path / f"{name}.txt").write_text(file.read(size), encoding="utf-8")
+    usual = {"bits": 3, "group_size": 64, "sequence_length": 128, "eval_text": tmp_path / "valid.txt"}
+    lost = {}
+    for algorithm, more in (("rtn", {}), ("gptq", {"calibration": (tmp_path / "train.txt",)})):
+        options = QuantizeOptions(algorithm=algorithm, **usual, **more)
+        report = quantize_model("embedded", tmp_path / algorithm, options)
+        lost[algorithm] = report.perplexity_after - report.perplexity_before
+    assert 0 < lost["gptq"] < 0.6 * lost["rtn"]
