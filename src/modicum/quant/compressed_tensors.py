@@ -58,8 +58,13 @@ class CompressedTensors(BaseFormat):
         if not self.matches(module):
             return
         from compressed_tensors.compressors import decompress_module
+        from compressed_tensors.quantization import QuantizationMetadata
 
-        decompress_module(module, leave_decompressed=False)
+        weight = getattr(module, "weight", None)
+        if weight is None or not weight.is_floating_point():
+            decompress_module(module, leave_decompressed=False)
+        else:  # its first forward pass is over
+            QuantizationMetadata.clear_quantization(module)
         module.requires_grad_(requires_grad=False)
 
     def loading_options(self) -> dict[str, Any]:
