@@ -1,11 +1,12 @@
 """Quantize a model to 2, 3, 4 or 8 bits, layer by layer, and say what it costs."""
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from modicum.cli._common import JsonFlag, emit, progress, size, table
+from modicum.cli._common import Advance, JsonFlag, emit, progress, size, table
 
 
 def run(  # long: one line or three for each option
@@ -74,7 +75,14 @@ def run(  # long: one line or three for each option
         eval_text=eval_text,
         eval_sequences=eval_sequences,
     )
-    with progress("quantize") as advance:
+    with contextlib.ExitStack() as stack:
+        bar: list[Advance] = []
+
+        def advance(done: int, total: int, name: str) -> None:
+            # how many layers there are is known when the first is due
+            bar[:] = bar or [stack.enter_context(progress("quantize", total))]
+            bar[0](1 if name else done, name)
+
         report = quantize_model(
             model,
             output,
@@ -82,7 +90,7 @@ def run(  # long: one line or three for each option
             resume=resume,
             overwrite=overwrite,
             dry_run=dry_run,
-            progress=lambda done, total, name: advance(note=f"{name} ({done}/{total})"),
+            progress=advance,
         )
     emit(report, as_json, _show)
 

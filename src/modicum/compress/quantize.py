@@ -59,8 +59,8 @@ def quantize_model(
     """The report of quantizing `model` (a folder, a hub name or 'embedded') into the new folder `output`.
 
     `output` appears only when it is complete. An unfinished run leaves `OUTPUT.partial`, with which `resume` goes
-    on. With `dry_run` the report is the plan, and nothing is written. `progress(done, total, name)` is called after
-    each layer.
+    on. With `dry_run` the report is the plan, and nothing is written. `progress(done, total, name)` is called before
+    the first layer and after each.
 
     Raises:
         ConfigError: the model, the options, the texts or the output will not do; everything that is wrong.
@@ -119,6 +119,7 @@ class _Job:
         """Quantize what is not finished yet; what was measured on the evaluation text."""
         if self.plan.streamed:
             return self._stream()
+        self.progress(0, len(self.plan.units), "")
         for index, unit in enumerate(self.plan.units):
             if self.work.about(unit.name) is None:
                 self._keep(unit.name, {linear: self._quantized(linear, None) for linear in unit.linears}, {})
@@ -139,6 +140,7 @@ class _Job:
             # one sequence more, for what the model gives its layers beside the hidden states
             _entered(stack, texts, 1)
         total = len(self.plan.units)
+        self.progress(following, total, "")
         for index in range(following, total):
             unit = self.plan.units[index]
             with stack.layer(index) as layer:
