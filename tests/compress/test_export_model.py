@@ -78,6 +78,21 @@ def test_a_missing_library_is_named(fmt, tmp_path, monkeypatch):
         export_model(cases.Case().model(), cases.tokenizer(), tmp_path / "out", fmt)
 
 
+@pytest.mark.parametrize("fmt", ["gguf", "gptq"])
+def test_numbers_outside_float16_are_no_rounding(fmt, tmp_path):
+    if fmt == "gguf":
+        pytest.importorskip("gguf", reason="gguf is not installed")
+    model = cases.Case(zero_point="integer").model()
+    small, large = (model.model.layers[i].self_attn.o_proj for i in (0, 1))
+    for layer, factor in ((small, 2.0**-24), (large, 2.0**20)):
+        scales, offsets = layer.grid()
+        layer.set_grid(type(layer.grid())(scales * factor, offsets * factor))
+    with pytest.raises(InexactMergeError, match="2 of 14 low-bit layers"):
+        export_model(model, cases.tokenizer(), tmp_path / "out", fmt)
+    result = export_model(model, cases.tokenizer(), tmp_path / "out", "compressed-tensors")
+    assert (result.exact, result.max_weight_error) == (True, 0.0)
+
+
 class Failing:
     """A tokenizer that cannot be written."""
 

@@ -65,6 +65,19 @@ def test_low_bit_layers_take_the_fast_path(name, fast, tmp_path):
     assert ("stored in full" in " ".join(result.notes)) == (fast == 0)
 
 
+def test_inputs_are_rounded_on_request_only(tmp_path):
+    model, given = cases.Case().model(), cases.batch(padded=0)
+    export_model(model, cases.tokenizer(), tmp_path / "out", "onnx")
+    wanted = cases.logits(model, given)
+    assert cases.relative(Opened(tmp_path / "out").run(given, 0, 9), wanted) < 1e-5
+    file = onnx.load(tmp_path / "out" / "model.onnx")
+    for node in file.graph.node:
+        if node.op_type == "MatMulNBits":
+            node.attribute.append(onnx.helper.make_attribute("accuracy_level", 4))
+    onnx.save_model(file, tmp_path / "out" / "model.onnx")
+    assert 1e-3 < cases.relative(Opened(tmp_path / "out").run(given, 0, 9), wanted) < 0.08
+
+
 def test_generation_continues_as_ours(tmp_path):
     model, tokenizer = cases.embedded()
     export_model(model, tokenizer, tmp_path / "out", "onnx")

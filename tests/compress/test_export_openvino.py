@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tests.compress import export_cases as cases
+from tests.conftest import ROOT
 
 from modicum.compress.export import export_model
 
@@ -59,6 +60,17 @@ def test_the_cache_can_be_reordered_and_emptied(tmp_path):
     assert cases.relative(swapped, cases.logits(model, turned)[:, 8:]) < 1e-5
     request.reset_state()
     assert np.array_equal(run(request, given, 0, 8), first)
+
+
+def test_the_default_settings_round_inputs_and_the_page_says_how_not_to(tmp_path):
+    model, given = cases.Case().model(), cases.batch(padded=0)
+    export_model(model, cases.tokenizer(), tmp_path / "out", "openvino")
+    defaults = (
+        openvino.Core().compile_model(tmp_path / "out" / "openvino_model.xml", "CPU").create_infer_request()
+    )
+    assert cases.relative(run(defaults, given, 0, 9), cases.logits(model, given)) < 0.08
+    page = (ROOT / "docs" / "do" / "export-to-engines.md").read_text(encoding="utf-8")
+    assert not [name for name in PLAIN if name not in page and name != "INFERENCE_NUM_THREADS"]
 
 
 def test_the_codes_are_stored_in_four_bits(tmp_path):

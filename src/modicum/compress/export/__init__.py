@@ -8,7 +8,8 @@ A file defines `PRECISION` (what its number types round), `SUFFIX` (empty where 
 
 Every layer is fitted and compared with the model's own weight before anything is written. A fit is *exact* when
 the engine computes with the same codes and differs by the rounding of its number types alone; *inexact* when it
-moves the grid, as an integer zero-point does. Inexact exports are refused unless they are asked for.
+moves the grid, as an integer zero-point does, or when numbers leave the range of their type. Inexact exports
+are refused unless they are asked for.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ __all__ = ["ExportedModel", "Fit", "LayerError", "export_model", "formats"]
 
 #: an update of this size, relative to the weight, is what adapters usually learn (1 to 3 %)
 TYPICAL_UPDATE = 0.02
+#: rounding to float16 costs a tenth of this; more means that numbers left the range of their type
+_ROUNDING = 0.005
 _WORST = 5
 
 
@@ -141,7 +144,7 @@ def _measured(
         assert isinstance(weight, LowBit)
         wanted = weight.decoded()
         off = float((fit.decoded - wanted).norm() / wanted.norm().clamp_min(1e-30))
-        errors.append(LayerError(name, fit.home, fit.exact, off))
+        errors.append(LayerError(name, fit.home, fit.exact and off <= _ROUNDING, off))
         notes[fit.note] += 1
     del notes[""]
     return errors, tuple(f"{count} of {len(errors)} layers: {note}" for note, count in notes.items())
