@@ -17,6 +17,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from modicum.models.loading import load_base, load_tokenizer
@@ -29,6 +31,7 @@ KINDS: dict[str, Any] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
 SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -79,7 +82,7 @@ CASES = {
     "3 bits": Case(3, (1, 16)),
     "2 bits": Case(2),
     "8 bits": Case(8),
-    "symmetric, tied, biases": Case(zero_point="none", options={"tie_word_embeddings": True, "attention_bias": True}),
+    "symmetric, tied, biases": Case(zero_point="none", options={"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
     "symmetric 8 bits": Case(8, zero_point="none"),
     "integer zero-points, head too": Case(zero_point="integer", head=True),
     "tiles": Case(block=(8, 4)),
@@ -87,6 +90,7 @@ CASES = {
     "update on tiles": Case(update=(8, 4)),
     "mistral": Case(kind="mistral", options={"head_dim": 32}),
     "qwen2": Case(kind="qwen2"),
+    "qwen3": Case(kind="qwen3", options={"head_dim": 32}),
     "llama3 positions": Case(
         options={
             "rope_parameters": {

@@ -148,6 +148,14 @@ def test_a_splitter_that_llama_cpp_does_not_know(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_biases_that_llama_cpp_does_not_know(tmp_path):
+    model = cases.Case(kind="qwen3", options={"attention_bias": True}).model()
+    with pytest.raises(
+        ConfigError, match="a qwen3 GGUF file has no bias for model.layers.0.self_attn.q_proj"
+    ):
+        export_model(model, cases.tokenizer(), tmp_path / "out", "gguf")
+
+
 @contextlib.contextmanager
 def llama(file):
     """The file opened by llama.cpp."""
@@ -208,7 +216,7 @@ def as_llama_cpp(model, file):
     return model
 
 
-@pytest.mark.parametrize("name", [*HOMES, "mistral", "qwen2", "llama3 positions"])
+@pytest.mark.parametrize("name", [*HOMES, "mistral", "qwen2", "qwen3", "llama3 positions"])
 def test_llama_cpp_computes_our_logits(name, tmp_path):
     model, given = cases.CASES[name].model(), cases.batch(padded=0)
     result = export_model(model, cases.tokenizer(), tmp_path / "out", "gguf")

@@ -47,7 +47,8 @@ def test_narrow_keeps_every_bit():
 @pytest.mark.parametrize("fmt", formats())
 def test_unknown_models_are_refused(fmt, tmp_path):
     with pytest.raises(
-        ConfigError, match="LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, not GPT2LMHeadModel"
+        ConfigError,
+        match="LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, not GPT2",
     ):
         export_model(models_for_tests.gpt2(), cases.tokenizer(), tmp_path / "out", fmt)
     assert list(tmp_path.iterdir()) == []

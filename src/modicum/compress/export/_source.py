@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 #: decoder-only architectures of one shape: they differ in biases, and in what a configuration may ask for
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ class Source:
 
     @property
     def architecture(self) -> str:
-        """`llama` or `qwen2`."""
+        """`llama`, `qwen2` or `qwen3`."""
         return ARCHITECTURES[type(self.model).__name__]
 
     @property
@@ -122,6 +127,11 @@ class Source:
     def head_dim(self) -> int:
         """Width of a head."""
         return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.heads[0]
+
+    @property
+    def norms_heads(self) -> bool:
+        """Whether every head of queries and keys is normalised."""
+        return self.architecture == "qwen3"
 
     @property
     def tied(self) -> bool:

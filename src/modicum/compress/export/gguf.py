@@ -20,7 +20,7 @@ import torch
 from modicum.compress.export import _gguf_tokenizer
 from modicum.compress.export._fit import Fit, need
 from modicum.compress.export._source import LowBit, Source, narrow
-from modicum.errors import ConfigError
+from modicum.errors import ConfigError, listing
 from modicum.ops.affine import middle
 
 if TYPE_CHECKING:
@@ -37,12 +37,16 @@ _NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+#: the layers that may have one, by architecture; llama's all may
+_BIASES = {"qwen2": ("q_proj", "k_proj", "v_proj"), "qwen3": ()}
 _TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
@@ -50,13 +54,11 @@ def check(source: Source) -> None:
     """Raise unless gguf is installed and the tokenizer has a form in it."""
     need("gguf")
     _gguf_tokenizer.write(_Nothing(), source.tokenizer, source.config.vocab_size)
-    extra = [
-        n
-        for n in source.linears
-        if source.bias(n) is not None and source.architecture == "qwen2" and "o_proj" in n
-    ]
+    known = _BIASES.get(source.architecture)
+    biased = [name for name in source.linears if source.bias(name) is not None]
+    extra = [name for name in biased if known is not None and not name.endswith(known)]
     if extra:
-        raise ConfigError(f"a qwen2 GGUF file has no bias for {', '.join(extra)}")
+        raise ConfigError(f"a {source.architecture} GGUF file has no bias for {listing(extra)}")
 
 
 def fit(source: Source, name: str, allow_inexact: bool) -> Fit:

@@ -150,10 +150,9 @@ class _Builder(Graph):
     def attend(self, layer: int, q: str, k: str, v: str) -> str:
         """See `Graph`."""
         heads, shared = self.source.heads
-        q, k = (
-            self.run("RotaryEmbedding", [self._heads(x, n), self.cos, self.sin])
-            for x, n in ((q, heads), (k, shared))
-        )
+        at = f"model.layers.{layer}.self_attn"
+        q, k = self._heads(q, heads, f"{at}.q_norm"), self._heads(k, shared, f"{at}.k_norm")
+        q, k = (self.run("RotaryEmbedding", [x, self.cos, self.sin]) for x in (q, k))
         past, present = (
             [f"{way}.{layer}.{part}" for part in ("key", "value")] for way in ("past_key_values", "present")
         )
@@ -202,8 +201,10 @@ class _Builder(Graph):
         """X Wᵀ for a stored W (out, in) of any float type."""
         return self.run("MatMul", [x, self.run("Transpose", [self._float(weight)], perm=[1, 0])])
 
-    def _heads(self, x: str, heads: int) -> str:
+    def _heads(self, x: str, heads: int, norm: str = "") -> str:
         split = self.run("Reshape", [x, self._ints([0, 0, heads, self.source.head_dim])])
+        if norm and self.source.norms_heads:
+            split = self.norm(split, norm)
         return self.run("Transpose", [split], perm=[0, 2, 1, 3])
 
     def _rotation(self) -> tuple[str, str]:

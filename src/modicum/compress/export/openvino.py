@@ -118,8 +118,9 @@ class _Builder(Graph):
     def attend(self, layer: int, q: Any, k: Any, v: Any) -> Any:
         """See `Graph`."""
         op, (heads, shared) = self.op, self.source.heads
-        q = self._rotated(self._heads(q, heads))
-        k = self._cached(f"past_key_values.{layer}.key", self._rotated(self._heads(k, shared)))
+        at = f"model.layers.{layer}.self_attn"
+        q, k = self._heads(q, heads, f"{at}.q_norm"), self._heads(k, shared, f"{at}.k_norm")
+        q, k = self._rotated(q), self._cached(f"past_key_values.{layer}.key", self._rotated(k))
         v = self._cached(f"past_key_values.{layer}.value", self._heads(v, shared))
         k, v = (self._repeated(value, heads // shared) for value in (k, v))
         scale = self._number(self.source.model.model.layers[layer].self_attn.scaling)
@@ -183,8 +184,10 @@ class _Builder(Graph):
         self.sinks.append(opset6.assign(both, name))
         return both
 
-    def _heads(self, x: Any, heads: int) -> Any:
+    def _heads(self, x: Any, heads: int, norm: str = "") -> Any:
         split = self.op.reshape(x, self._ints([0, 0, heads, self.source.head_dim]), special_zero=True)
+        if norm and self.source.norms_heads:
+            split = self.norm(split, norm)
         return self.op.transpose(split, self._ints([0, 2, 1, 3]))
 
     def _repeated(self, x: Any, times: int) -> Any:
