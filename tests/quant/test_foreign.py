@@ -79,18 +79,27 @@ def test_torchao_weights_are_not_taken_for_dense_ones():
         get_peft_model(OneLayer(layer), LoraXSConfig(r=4, target_modules=["layer"])).merge_and_unload()
 
 
-def test_torchao_layers_that_round_their_input_pass_gradients_on():
+@pytest.mark.parametrize("kind", ["rounded inputs", "packed int4"])
+def test_torchao_layers_without_a_derivative_pass_gradients_on(kind):
     quantization = pytest.importorskip("torchao.quantization", reason=f"torchao {ABSENT}")
-    layer = nn.Linear(64, 48, bias=False)
-    quantization.quantize_(layer, quantization.Int8DynamicActivationInt8WeightConfig())
-    x = torch.randn(5, 64, requires_grad=True)
-    assert layer(x).grad_fn is None
-    before = layer(x)
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+
+    layer = nn.Linear(64, 48, bias=False).requires_grad_(requires_grad=False)
+    dense = layer.weight.clone()
+    packed = kind == "packed int4"
+    config = (
+        PrototypeInt4WeightOnlyConfig(32) if packed else quantization.Int8DynamicActivationInt8WeightConfig()
+    )
+    quantization.quantize_(layer, config)
+    with torch.no_grad():
+        before = layer(torch.ones(5, 64))
+    weight = format_of(layer).weight(layer)
+    assert (weight - dense).norm() < (0.1 if packed else 0.01) * dense.norm()
     copied = copy.deepcopy(prepare_model(OneLayer(layer)))
+    x = torch.ones(5, 64, requires_grad=True)
     assert torch.equal(copied(x), before)
     copied(x).sum().backward()
-    wanted = format_of(copied.layer).weight(copied.layer).sum(0).expand(5, -1)
-    torch.testing.assert_close(x.grad, wanted)
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(5, -1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast, final
 import torch
 
 from modicum.errors import TargetError
+from modicum.quant.allocator import keep_freed_memory
 from modicum.quant.base import BaseFormat, require
 from modicum.quant.interchange import from_awq
 
@@ -76,9 +77,11 @@ class Gptq(BaseFormat):
         return cast("Any", module).qweight.device
 
     def prepare(self, module: nn.Module) -> None:
-        """Refuse kernels that cannot be trained on."""
+        """Refuse kernels that cannot be trained on; keep freed memory, because each pass dequantizes the weight."""
         if type(module).__name__ not in ("TorchLinear", "TritonV2Linear"):
             _refuse(module, "TorchLinear", 'GPTQConfig(bits=4, backend="gptq_torch")')
+        if self.device(module).type == "cpu":
+            keep_freed_memory()
 
     def loading_options(self) -> dict[str, Any]:
         """The kernel that adapters can go on."""
@@ -133,6 +136,8 @@ class Awq(BaseFormat):
         layer = cast("Any", module)
         if not hasattr(layer, _SCALES):
             layer.register_buffer(_SCALES, layer.scales.clone(), persistent=False)
+        if self.device(module).type == "cpu":
+            keep_freed_memory()
 
     def loading_options(self) -> dict[str, Any]:
         """The kernel that adapters can go on."""

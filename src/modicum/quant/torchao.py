@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from modicum.quant.allocator import keep_freed_memory
 from modicum.quant.base import BaseFormat, require
 
 if TYPE_CHECKING:
@@ -44,11 +45,17 @@ class Torchao(BaseFormat):
         return _dequantized(cast("Tensor", module.weight))
 
     def prepare(self, module: nn.Module) -> None:
-        """Let gradients pass to the input of layers that round it: torchao's kernels for those have none."""
-        rounds = any(getattr(module.weight, name, None) is not None for name in _ON_INPUT)
-        if rounds and type(module) is nn.Linear:
+        """Let gradients pass to the input of layers whose kernel has none: those that round it, and packed int4.
+
+        Freed memory is kept, because most kinds dequantize the weight on each pass.
+        """
+        weight = cast("Tensor", module.weight)
+        rounds = any(getattr(weight, name, None) is not None for name in _ON_INPUT)
+        if type(module) is nn.Linear and (rounds or _unpacked(weight) is None):
             # a class, not a function on the instance, so that copies of the layer are whole
             module.__class__ = StraightThroughLinear
+        if weight.device.type == "cpu":
+            keep_freed_memory()
 
     def loading_options(self) -> dict[str, Any]:
         """The number type the weights were quantized in: most of torchao's kernels take no other input."""
@@ -58,7 +65,7 @@ class Torchao(BaseFormat):
 
 @final
 class StraightThroughLinear(nn.Linear):
-    """A torchao layer that rounds its input: forward as torchao computes it, gradient as if nothing were rounded."""
+    """A torchao layer without a derivative: forward as torchao computes it, gradient that of the dequantized weight."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - its name in torch
         """The layer's output, (*batch, out)."""
@@ -81,4 +88,18 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _dequantized(weight: Tensor) -> Tensor:
-    return cast("Any", weight).dequantize().detach()
+    found = _unpacked(weight)
+    if found is not None:
+        return found
+    # in the layout of one kernel: what that makes of the identity is the weight
+    with torch.no_grad():
+        identity = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+        return F.linear(identity, weight).T.contiguous()
+
+
+def _unpacked(weight: Tensor) -> Tensor | None:
+    """What torchao dequantizes `weight` to, None where it cannot."""
+    try:
+        return cast("Any", weight).dequantize().detach()
+    except NotImplementedError:
+        return None
