@@ -1,0 +1,264 @@
+"""Generation and training on a 4-bit base against bfloat16 and against bitsandbytes, ratios within one run.
+
+A random Llama of 1.1B parameters (hidden 2048, 22 layers, grouped-query attention), row groups of 128. Decoding is
+one row at a time after a prompt of 128 tokens; "merged" carries the offsets of a folded QA-LoRA adapter, more
+digits than the packed kernel takes. A training step is forward and backward of all linear layers of four such
+layers, 4 x 128 tokens, with an adapter on each. Steps of all variants are taken in turn.
+
+    python benchmarks/micro/low_bit.py [--threads 4] [--repeats 5] [--small]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from modicum import __version__
+from modicum.adapters import registry
+from modicum.quant import int4pack
+from modicum.quant.affine import AffineLinear, fold
+from modicum.quant.huggingface import effective_bits
+from modicum.quant.spec import AffineSpec
+
+RESULT = Path(__file__).parent / "results" / "low_bit.json"
+GROUP = 128
+PROMPT = 128
+
+
+def config(layers: int, small: bool) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=32000,
+        hidden_size=512 if small else 2048,
+        intermediate_size=1408 if small else 5632,
+        num_hidden_layers=2 if small else layers,
+        num_attention_heads=8 if small else 32,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+    )
+
+
+def dense_model(layers: int, small: bool) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config(layers, small)).to(torch.bfloat16)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else nn.init.ones_(parameter)
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    return model.eval()
+
+
+def low_bit(model: LlamaForCausalLM, *, merged: bool = False) -> LlamaForCausalLM:
+    """`model` with random 4-bit layers in the places of its linear ones; the speed does not depend on the codes."""
+    generator = torch.Generator().manual_seed(0)
+    for name, module in list(model.named_modules()):
+        if type(module) is not nn.Linear or name == "lm_head":
+            continue
+        layer = AffineLinear(
+            module.in_features, module.out_features, AffineSpec(4, (1, GROUP)), bias=False, dtype=torch.bfloat16
+        )
+        layer.codes.random_(0, 256, generator=generator)
+        layer.scales.fill_(0.005)
+        if merged:
+            values = torch.randn(layer.scales.shape, generator=generator) * 1e-3
+            fold(layer, values, (1, GROUP))
+        model.set_submodule(name, layer)
+    return model
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of everything a model keeps in memory."""
+    tensors = {id(t): t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]}
+    return sum(tensors.values())
+
+
+def median(times: list[float]) -> float:
+    return statistics.median(times)
+
+
+def taken_in_turn(variants: dict[str, Callable[[], None]], repeats: int, warm: int = 2) -> dict[str, list[float]]:
+    """Seconds of each call, all variants in turn so that a slow moment hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(repeats + warm):
+        for name, call in variants.items():
+            began = time.perf_counter()
+            call()
+            if turn >= warm:
+                times[name].append(time.perf_counter() - began)
+    return times
+
+
+@torch.no_grad()
+def generation(repeats: int, small: bool) -> dict[str, Any]:
+    models = {
+        "bf16": dense_model(22, small),
+        "4-bit": low_bit(dense_model(22, small)),
+        "4-bit merged": low_bit(dense_model(22, small), merged=True),
+    }
+    gc.collect()
+    ids = torch.randint(0, 32000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    state: dict[str, Any] = {}
+
+    def prefill(name: str) -> Callable[[], None]:
+        def call() -> None:
+            output = models[name](ids, use_cache=True, logits_to_keep=1)
+            state[name] = output.past_key_values, output.logits.argmax(-1)
+
+        return call
+
+    def decode(name: str) -> Callable[[], None]:
+        def call() -> None:
+            cache, token = state[name]
+            state[name] = cache, models[name](token, past_key_values=cache, use_cache=True).logits.argmax(-1)
+
+        return call
+
+    first = taken_in_turn({name: prefill(name) for name in models}, repeats)
+    then = taken_in_turn({name: decode(name) for name in models}, 6 * repeats)
+    # prefill in the layout that decoding has left
+    again = taken_in_turn({name: prefill(name) for name in models}, repeats)
+    result: dict[str, Any] = {}
+    for name, model in models.items():
+        linears = [m for m in model.modules() if isinstance(m, AffineLinear)]
+        head = model.lm_head.weight.numel() * 2 + model.model.embed_tokens.weight.numel() * 2
+        weights = sum(m.in_features * m.out_features for m in linears)
+        result[name] = {
+            "decode_tokens_per_second": 1 / median(then[name]),
+            "decode_against_bf16": median(then["bf16"]) / median(then[name]),
+            "prefill_tokens_per_second": PROMPT / median(again[name]),
+            "prefill_against_bf16": median(again["bf16"]) / median(again[name]),
+            "prefill_before_decoding_against_bf16": median(first["bf16"]) / median(first[name]),
+            "bytes": stored_bytes(model),
+            "bits_per_weight_in_memory": 8 * (stored_bytes(model) - head) / weights if weights else 16.0,
+            "bits_per_weight_stored": effective_bits(model) if linears else 16.0,
+            "decode_seconds": then[name],
+            "prefill_seconds": again[name],
+        }
+    return result
+
+
+def switch(repeats: int, small: bool) -> list[dict[str, float]]:
+    """Seconds of one layer by number of rows: packed kernel, dequantized, dense."""
+    out, inner = (1408, 512) if small else (5632, 2048)
+    model = nn.Sequential(nn.Linear(inner, out, bias=False, dtype=torch.bfloat16))
+    dense = model[0].weight.detach()
+    layer = low_bit(model)[0]
+    layer.pack_layout()
+    rows = []
+    limit = int4pack.FEW_ROWS
+    for count in (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128, 512):
+        x = torch.randn(count, inner, dtype=torch.bfloat16)
+
+        def packed(x: torch.Tensor = x) -> None:
+            int4pack.few_rows(x, layer.codes, layer.scales, layer.offsets)
+
+        def dequantized(x: torch.Tensor = x) -> None:
+            int4pack.FEW_ROWS = 0
+            layer(x)
+            int4pack.FEW_ROWS = limit
+
+        def floor(x: torch.Tensor = x) -> None:
+            nn.functional.linear(x, dense)
+
+        with torch.no_grad():
+            times = taken_in_turn({"packed": packed, "dequantized": dequantized, "dense": floor}, 4 * repeats)
+        rows.append({"rows": count, **{name: median(found) for name, found in times.items()}})
+    return rows
+
+
+def training(repeats: int, small: bool) -> dict[str, Any]:
+    """Forward and backward with an adapter on every linear layer: our 4-bit base, NF4, bfloat16."""
+    import bitsandbytes as bnb
+
+    def nf4(model: LlamaForCausalLM) -> LlamaForCausalLM:
+        for name, module in list(model.named_modules()):
+            if type(module) is nn.Linear and name != "lm_head":
+                layer = bnb.nn.Linear4bit(
+                    module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+                )
+                layer.load_state_dict({"weight": module.weight.data})
+                layer.support_avx512bf16_for_cpu = False
+                model.set_submodule(name, layer.to("cpu"))
+        return model
+
+    lora = LoraConfig(r=16, target_modules="all-linear")
+    bara = registry.config_class("q_bara")(r=16, alpha=16, target_modules="all-linear")
+    xs = registry.config_class("lora_xs")(r=16, target_modules="all-linear")
+    made = {
+        "bf16 + LoRA": (dense_model(4, small), lora),
+        "NF4 + LoRA": (nf4(dense_model(4, small)), lora),
+        "4-bit + LoRA": (low_bit(dense_model(4, small)), lora),
+        "4-bit + Q-BaRA": (low_bit(dense_model(4, small)), bara),
+        "4-bit + LoRA-XS": (low_bit(dense_model(4, small)), xs),
+    }
+    ids = torch.randint(0, 32000, (4, PROMPT), generator=torch.Generator().manual_seed(0))
+    models = {}
+    for name, (model, adapter) in made.items():
+        adapted = get_peft_model(model, adapter, autocast_adapter_dtype=False).to(torch.bfloat16)
+        models[name] = adapted.train()
+
+    def step(name: str) -> Callable[[], None]:
+        def call() -> None:
+            model = models[name]
+            # the stack of layers alone: head and loss are the same for all
+            hidden = model.base_model.model.model(ids).last_hidden_state
+            hidden.float().square().mean().backward()
+            model.zero_grad(set_to_none=True)
+
+        return call
+
+    times = taken_in_turn({name: step(name) for name in models}, repeats)
+    floor = median(times["NF4 + LoRA"])
+    return {
+        name: {
+            "seconds": median(found),
+            "against_nf4": floor / median(found),
+            "trained_values": sum(p.numel() for p in models[name].parameters() if p.requires_grad),
+            "bytes": stored_bytes(models[name]),
+            "all_seconds": found,
+        }
+        for name, found in times.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--small", action="store_true", help="small shapes, nothing written")
+    parser.add_argument("--only", choices=("switch", "generation", "training"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    parts = {"switch": switch, "generation": generation, "training": training}
+    found: dict[str, Any] = {}
+    for name, measure in parts.items():
+        if arguments.only in (None, name):
+            found[name] = measure(arguments.repeats, arguments.small)
+            print(json.dumps({name: found[name]}, indent=1, default=str))
+            gc.collect()
+    if arguments.small or arguments.only:
+        return
+    result = {
+        "what": "a 1.1B Llama on a 4-bit base, ratios within one run",
+        "command": f"python benchmarks/micro/low_bit.py --threads {arguments.threads} --repeats {arguments.repeats}",
+        "versions": {"modicum": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "threads": arguments.threads,
+        **found,
+    }
+    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
