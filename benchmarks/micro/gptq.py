@@ -34,7 +34,7 @@ BITS, GROUP = 4, 128
 
 #: run by the other environment: GPTQModel's quantizer on the same weight and inputs
 THEIRS = """
-import json, sys, time, torch
+import json, sys, time, torch, gptqmodel
 torch.set_num_threads(int(sys.argv[2]))
 from gptqmodel.quantization import GPTQ, QuantizeConfig
 data = torch.load(sys.argv[1])
@@ -52,7 +52,8 @@ def add():
 _, hessian = clock(add)
 result, loop = clock(task.quantize)
 torch.save(result[0].float(), sys.argv[1] + ".out")
-print(json.dumps({"hessian": hessian, "quantize": loop}))
+versions = {"gptqmodel": gptqmodel.__version__, "torch": torch.__version__}
+print(json.dumps({"hessian": hessian, "quantize": loop, "versions": versions}))
 """
 
 
@@ -161,7 +162,7 @@ def shown(rows: dict, options: argparse.Namespace) -> dict:
             if "loss" in row
         ],
         "note": f"{options.out} x {options.inner} weight, 4 bits, groups of 128, {options.rows:,} calibration rows, "
-        f"float32, {options.threads} threads.",
+        f"float32, {options.threads} threads; a machine shared with other work, so compare processor time.",
     }
 
 

@@ -6,6 +6,10 @@ import dataclasses
 import json
 import math
 import shutil
+import signal
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -227,6 +231,32 @@ def test_an_interrupted_run_goes_on_where_it_was(step, streamed, options, text, 
     assert files_of(output) == files_of(tmp_path / "whole")
     assert resumed.perplexity_after == whole.perplexity_after
     assert not (tmp_path / "q.partial").exists()
+
+
+def test_a_killed_process_leaves_no_output(options, text, tmp_path):
+    """Killed at once, without any cleaning up, once in each half of the run."""
+    options, output = with_gptq(options, text), tmp_path / "q"
+    quantize_model(str(small.llama()), tmp_path / "whole", options)
+    for step in (1, 2):
+        script = f"""
+            import os, signal
+            from pathlib import Path, PosixPath, WindowsPath
+            import torch
+            from modicum.compress.quantize import quantize_model
+            from modicum.compress.quantize_report import QuantizeOptions
+            torch.set_num_threads(1)
+
+            def kill(done, total, name):
+                if name and done == {step}:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            quantize_model({str(small.llama())!r}, {str(output)!r}, {options!r}, resume=True, progress=kill)
+        """
+        killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
+        assert killed.returncode == -signal.SIGKILL
+        assert not output.exists()
+    quantize_model(str(small.llama()), output, options, resume=True)
+    assert files_of(output) == files_of(tmp_path / "whole")
 
 
 def test_a_run_that_lost_its_streams_begins_again(options, text, tmp_path):
