@@ -13,9 +13,11 @@ from tests import models_for_tests as models
 from tests.quant import published
 from transformers import AutoModelForCausalLM
 
+from modicum import AffineConfig
+from modicum.compress.export import export_model
 from modicum.compress.import_quantized import import_quantized, quantization_of
 from modicum.errors import ConfigError, CorruptAdapterError
-from modicum.models.loading import load_base
+from modicum.models.loading import load_base, load_tokenizer
 from modicum.quant.affine import AffineLinear
 
 WRITERS = {
@@ -83,6 +85,21 @@ def test_what_is_imported_can_be_saved_and_loaded_again(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     for name, weight in written.items():
         assert torch.equal(again.get_submodule(name).dequantized(), weight)
+
+
+def test_what_was_exported_comes_back(tmp_path):
+    """Out through the exporter and in again: the exporter knows nothing of the reader."""
+    load_base("embedded").save_pretrained(tmp_path / "dense")
+    config = AffineConfig(bits=3, group_size=32, zero_point="integer", scale_dtype="float16")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+    export_model(model, load_tokenizer("embedded"), tmp_path / "theirs", "compressed-tensors")
+    report = import_quantized(tmp_path / "theirs", tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, AffineLinear)}
+    assert report.bits == {3: len(layers)}
+    for name, layer in layers.items():
+        assert torch.equal(again.get_submodule(name).unpacked_codes(), layer.unpacked_codes()), name
+        assert torch.equal(again.get_submodule(name).dequantized(), layer.dequantized()), name
 
 
 def test_layers_may_have_different_widths(tmp_path):

@@ -72,7 +72,7 @@ class CompressedTensors(BaseFormat):
         require(
             ("compressed_tensors",),
             "a checkpoint of compressed-tensors",
-            "pip install compressed-tensors, or take the checkpoint over with `modicum import FOLDER --output NEW`",
+            "pip install 'modicum[quant]', or take the checkpoint over with `modicum import FOLDER --output NEW`",
         )
         from transformers import CompressedTensorsConfig
 
