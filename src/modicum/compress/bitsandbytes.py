@@ -19,7 +19,13 @@ from torch.nn import functional as F
 
 from modicum._version import __version__
 from modicum.compress.quantize_plan import Plan
-from modicum.compress.quantize_report import LayerReport, QuantizationReport, QuantizeOptions, bits_of
+from modicum.compress.quantize_report import (
+    LayerReport,
+    QuantizationReport,
+    QuantizeOptions,
+    bits_of,
+    perplexity,
+)
 from modicum.compress.work import write_text
 from modicum.compress.writing import REPORT
 from modicum.errors import ConfigError
@@ -152,7 +158,7 @@ def _layers(source: Source, plan: Plan, model: Any, folder: Path) -> list[LayerR
 
 
 @torch.no_grad()
-def _perplexity(model: Any, ids: Tensor) -> float:
+def _perplexity(model: Any, ids: Tensor) -> float | None:
     total = 0.0
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
@@ -163,4 +169,4 @@ def _perplexity(model: Any, ids: Tensor) -> float:
             total += float(F.cross_entropy(logits[0, :-1].float(), row[0, 1:], reduction="sum"))
     finally:
         logger.setLevel(level)
-    return math.exp(total / (ids.shape[0] * (ids.shape[1] - 1)))
+    return perplexity(total / (ids.shape[0] * (ids.shape[1] - 1)))

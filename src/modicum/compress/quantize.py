@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from modicum._version import __version__
 from modicum.compress.bitsandbytes import faults_of, quantize_with_bitsandbytes
-from modicum.compress.quantize_plan import Plan, Texts
+from modicum.compress.quantize_plan import Plan, Texts, Unit
 from modicum.compress.quantize_report import (
     FOREIGN,
     LayerReport,
     QuantizationReport,
     QuantizeOptions,
     bits_of,
+    perplexity,
 )
 from modicum.compress.source import Linear, Source
 from modicum.compress.streaming import Stack, watching
@@ -67,12 +68,11 @@ def quantize_model(
         CorruptAdapterError: the weights are damaged.
     """
     started = time.monotonic()
-    options, work = options or QuantizeOptions(), Work(Path(output))
-    faults = options.faults()
-    fault = work.fault(resume=resume, overwrite=overwrite)
-    faults += [fault] if fault else []
+    options, work = options or QuantizeOptions(), Work(Path(output).expanduser())
     foreign = options.algorithm in FOREIGN
-    faults += faults_of(options) if foreign else []
+    faults = options.faults() + (faults_of(options) if foreign else [])
+    fault = work.fault(resume=resume and not foreign, overwrite=overwrite)
+    faults += [fault] if fault else []
     try:
         source = Source(model)
     except ModicumError as error:
@@ -80,6 +80,8 @@ def quantize_model(
             raise
         raise ConfigError(f"cannot quantize {model}: {'; '.join([str(error), *faults])}") from error
     with source:
+        if work.output.resolve() == source.folder.resolve():
+            faults.append("the output is the model itself; write to another folder")
         if foreign:
             report = quantize_with_bitsandbytes(source, options, work, model, faults, dry_run=dry_run)
             if not dry_run:
@@ -126,7 +128,7 @@ class _Job:
             self.progress(index + 1, len(self.plan.units), unit.label)
         return {}
 
-    def reports(self, unit: Any) -> list[LayerReport]:
+    def reports(self, unit: Unit) -> list[LayerReport]:
         """The reports of a finished unit."""
         return [LayerReport.read(about) for about in self.work.about(unit.name)]
 
@@ -152,8 +154,8 @@ class _Job:
         ids = texts.evaluation.ids
         before, after = stack.loss(ids, streams["original"], streams["quantized"])
         return {
-            "perplexity_before": math.exp(before),
-            "perplexity_after": math.exp(after),
+            "perplexity_before": perplexity(before),
+            "perplexity_after": perplexity(after),
             "evaluation_tokens": ids.shape[0] * (ids.shape[1] - 1),
         }
 
@@ -192,11 +194,15 @@ class _Job:
             codes = encode(weight, grid, spec.bits, spec.block)
         else:
             fitting |= {"act_order": self.options.act_order, "damping": self.options.damping}
-            codes, grid, _ = gptq(weight, hessian, spec.bits, spec.block, **fitting)
+            try:
+                codes, grid, _ = gptq(weight, hessian, spec.bits, spec.block, **fitting)
+            except ConfigError as error:
+                raise ConfigError(f"{linear.name}: {error}") from error
         value = decode(codes, grid, spec.bits, spec.block)
-        error = float(
-            torch.linalg.vector_norm(weight - value) / torch.linalg.vector_norm(weight).clamp_min(1e-30)
+        lost, whole = (
+            float(torch.linalg.vector_norm(m, dtype=torch.float64)) for m in (weight - value, weight)
         )
+        error = lost / whole if whole else 0.0
         if module is not None:
             module.weight = nn.Parameter(value, requires_grad=False)
         report = LayerReport.planned(linear.name, linear.shape, spec)
@@ -263,7 +269,7 @@ class _OutputErrors:
         return {
             self._linears[name].name: math.sqrt(error / whole)
             for name, (error, whole) in self._sums.items()
-            if whole > 0
+            if whole > 0 and math.isfinite(error / whole)
         }
 
 

@@ -177,6 +177,11 @@ def parse_block(text: str) -> tuple[int, int]:
     return int(q), int(p)
 
 
+def perplexity(loss: float) -> float | None:
+    """The perplexity of a mean negative log-likelihood, None where it is no finite number."""
+    return math.exp(loss) if loss < 700 else None
+
+
 def bits_of(layers: Sequence[LayerReport]) -> float:
     """Bits stored per weight over all layers."""
     weights = sum(math.prod(layer.shape) for layer in layers)
