@@ -76,13 +76,18 @@ class Case:
         return layer
 
 
+TIED_WITH_BIASES = {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}
 CASES = {
     "4 bits": Case(),
     "4 bits, group 64": Case(block=(1, 64), options={"intermediate_size": 128}),
+    "4 bits, group 48": Case(block=(1, 48), options={"hidden_size": 96, "head_dim": 24}),
+    "4 bits, group 26": Case(
+        block=(1, 26), options={"hidden_size": 104, "intermediate_size": 104, "head_dim": 26}
+    ),
     "3 bits": Case(3, (1, 16)),
     "2 bits": Case(2),
     "8 bits": Case(8),
-    "symmetric, tied, biases": Case(zero_point="none", options={"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "symmetric, tied, biases": Case(zero_point="none", options=TIED_WITH_BIASES),
     "symmetric 8 bits": Case(8, zero_point="none"),
     "integer zero-points, head too": Case(zero_point="integer", head=True),
     "tiles": Case(block=(8, 4)),

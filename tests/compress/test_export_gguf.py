@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 
 import numpy as np
 import pytest
@@ -23,6 +24,8 @@ PROJECTIONS = {
 HOMES = {
     "4 bits": {"Q4_1"},
     "4 bits, group 64": {"Q4_1"},
+    "4 bits, group 48": {"F16"},
+    "4 bits, group 26": {"F16"},
     "3 bits": {"F16"},
     "2 bits": {"Q4_1"},
     "8 bits": {"F16"},
@@ -150,9 +153,7 @@ def test_a_splitter_that_llama_cpp_does_not_know(tmp_path):
 
 def test_biases_that_llama_cpp_does_not_know(tmp_path):
     model = cases.Case(kind="qwen3", options={"attention_bias": True}).model()
-    with pytest.raises(
-        ConfigError, match="a qwen3 GGUF file has no bias for model.layers.0.self_attn.q_proj"
-    ):
+    with pytest.raises(ConfigError, match="a qwen3 GGUF file has no bias for"):
         export_model(model, cases.tokenizer(), tmp_path / "out", "gguf")
 
 
@@ -231,6 +232,42 @@ def test_llama_cpp_computes_our_logits(name, tmp_path):
     errors = [cases.relative(*rows) for rows in zip(found, wanted, strict=True)]
     assert np.median(errors) < 1e-3
     assert max(errors) < 0.03
+
+
+def sentence_piece_like():
+    """A tokenizer in the manner of SentencePiece: words start with ▁, unknown characters fall back to bytes."""
+    from tokenizers import Tokenizer, decoders, normalizers, processors, trainers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=cases.VOCABULARY, special_tokens=special, max_token_length=5)
+    inner.train_from_iterator(["the cat and the hat sat on the mat, then the cat thanks them"] * 3, trainer)
+    stated = json.loads(inner.to_str())
+    # bytes are plain tokens of the vocabulary
+    stated["added_tokens"] = stated["added_tokens"][:3]
+    inner = Tokenizer.from_str(json.dumps(stated))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    inner.decoder = decoders.Sequence(steps)
+    inner.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def test_tokens_of_a_sentence_piece_like_tokenizer(tmp_path):
+    tokenizer = sentence_piece_like()
+    result = export_model(cases.Case().model(), tokenizer, tmp_path / "out", "gguf")
+    fields = gguf.GGUFReader(result.output).fields
+    assert fields["tokenizer.ggml.model"].contents() == "llama"
+    assert fields["tokenizer.ggml.token_type"].contents()[:4] == [2, 3, 3, 6]
+    with llama(result.output) as opened:
+        for text in ("the cat thanks them", "that hat  Zoë and 😀 then", "on", "thatthe matthen"):
+            ids = tokenizer(text).input_ids
+            assert opened.tokenize(text.encode(), add_bos=True, special=True) == ids
+            assert opened.detokenize(ids, special=False).decode().strip() == text
 
 
 TEXTS = {
