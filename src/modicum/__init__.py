@@ -17,7 +17,15 @@ from modicum.errors import ModicumError
 if TYPE_CHECKING:
     from modicum.adapters.registry import get as get_method
     from modicum.adapters.registry import names as method_names
+    from modicum.compress.export import export_model
+    from modicum.compress.merge import merge_to_folder
+    from modicum.compress.quantize import quantize_model
     from modicum.methods.lora_xs import LoraXSConfig
+    from modicum.methods.q_bara import QBaraConfig
+    from modicum.methods.qa_blora import QABloraConfig
+    from modicum.methods.qa_hira import QAHiraConfig
+    from modicum.methods.qa_lora import QALoraConfig
+    from modicum.quant.huggingface import AffineConfig
     from modicum.store.files import load_adapter, save_adapter
     from modicum.store.lora_export import export_lora
     from modicum.store.published import import_published
@@ -26,11 +34,18 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "AffineConfig": ("modicum.quant.huggingface", "AffineConfig"),
     "LoraXSConfig": ("modicum.methods.lora_xs", "LoraXSConfig"),
+    "QABloraConfig": ("modicum.methods.qa_blora", "QABloraConfig"),
+    "QAHiraConfig": ("modicum.methods.qa_hira", "QAHiraConfig"),
+    "QALoraConfig": ("modicum.methods.qa_lora", "QALoraConfig"),
+    "QBaraConfig": ("modicum.methods.q_bara", "QBaraConfig"),
     "export_lora": ("modicum.store.lora_export", "export_lora"),
+    "export_model": ("modicum.compress.export", "export_model"),
     "get_method": ("modicum.adapters.registry", "get"),
     "import_published": ("modicum.store.published", "import_published"),
     "load_adapter": ("modicum.store.files", "load_adapter"),
+    "merge_to_folder": ("modicum.compress.merge", "merge_to_folder"),
     "method_names": ("modicum.adapters.registry", "names"),
+    "quantize_model": ("modicum.compress.quantize", "quantize_model"),
     "save_adapter": ("modicum.store.files", "save_adapter"),
 }
 
@@ -38,12 +53,19 @@ __all__ = [
     "AffineConfig",
     "LoraXSConfig",
     "ModicumError",
+    "QABloraConfig",
+    "QAHiraConfig",
+    "QALoraConfig",
+    "QBaraConfig",
     "__version__",
     "export_lora",
+    "export_model",
     "get_method",
     "import_published",
     "load_adapter",
+    "merge_to_folder",
     "method_names",
+    "quantize_model",
     "save_adapter",
 ]
 

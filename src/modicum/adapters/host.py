@@ -100,6 +100,15 @@ class HostModel(BaseTuner):
         layer.update_layer(adapter_name, peft_config)
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        if isinstance(child, AdapterLinear):
+            # the base layer goes back as it is; PEFT would assign its weight to it, which packed formats refuse
+            setattr(parent, child_name, new_module)
+            return
+        super()._replace_module(parent, child_name, new_module, child)
+
     def fill_bases(self) -> None:
         """Compute the bases of layers that were on the meta device when they were adapted."""
         for module in self.model.modules():

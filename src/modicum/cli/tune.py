@@ -27,18 +27,17 @@ def run(
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Train as the recipe CONFIG says, with values changed by KEY=VALUE.
-
-    Runs unchanged under torchrun and accelerate launch.
-    """
+    """Train as the recipe CONFIG says, with values changed by KEY=VALUE; also under torchrun and accelerate launch."""
     from modicum.errors import ConfigError
     from modicum.train.plan import plan
     from modicum.train.recipe import load_recipe
     from modicum.train.run import tune
+    from modicum.train.stages import ensure_training_alone
 
     if resume and overwrite:
         raise ConfigError("--resume keeps what is there, --overwrite starts again: give one of them")
     recipe = load_recipe(config, overrides or ())
+    ensure_training_alone(recipe, config)
     if dry_run:
         emit(plan(recipe), as_json, _plan_table)
         return

@@ -26,11 +26,11 @@ from modicum.compress.quantize_report import (
     bits_of,
     perplexity,
 )
-from modicum.compress.work import write_text
 from modicum.compress.writing import REPORT
 from modicum.errors import ConfigError
 from modicum.models.loading import quiet_transformers
 from modicum.quant.base import format_of, prepare_model, require
+from modicum.store.atomic import write_text
 
 if TYPE_CHECKING:
     from pathlib import Path

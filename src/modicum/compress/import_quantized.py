@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Any, Self, final
 
 from torch import nn
 
-from modicum.compress.source import _BESIDE
-from modicum.compress.work import Work, write_text
+from modicum.compress.source import BESIDE
+from modicum.compress.work import Work
 from modicum.compress.writing import write_shards
 from modicum.errors import ConfigError, CorruptAdapterError, listing
 from modicum.models.architecture import meta_model, read_config
-from modicum.models.checkpoint import _weight_map
+from modicum.models.checkpoint import weight_files
 from modicum.quant.affine import AffineLinear
 from modicum.quant.huggingface import AffineConfig, effective_bits
 from modicum.quant.interchange import Quantized, from_awq, from_compressed_tensors, from_gptq
+from modicum.store.atomic import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -179,7 +180,7 @@ def _write(checkpoint: _Checkpoint, work: Work, kept: Mapping[str, Tensor], conf
     write_shards(folder, dict(sorted({**kept, **converted}.items())))
     raw = {**checkpoint.raw, "quantization_config": config.to_dict()}
     write_text(folder / "config.json", json.dumps(raw, indent=2, ensure_ascii=False) + "\n")
-    for pattern in _BESIDE:
+    for pattern in BESIDE:
         for file in checkpoint.folder.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
@@ -349,4 +350,4 @@ def _files(folder: Path) -> dict[str, Path]:
     if len(single) == 1 and single[0].name != "model.safetensors":
         with safe_open(single[0], framework="pt") as file:
             return dict.fromkeys(file.keys(), single[0])
-    return _weight_map(folder)
+    return weight_files(folder)

@@ -265,7 +265,8 @@ def _installed(adapted: PeftModel, plan: _Plan) -> Any:
         return adapted.merge_and_unload().to(plan.dtype)
     for name, layer in plan.layers.items():
         adapted.set_submodule(name, layer)
-    model: Any = adapted.base_model.unload()
+    tuner: Any = adapted.base_model
+    model = tuner.unload()
     for name, module in list(model.named_modules()):
         fmt = format_of(module) if isinstance(module, nn.Linear) else None
         if fmt is None or fmt.mergeable or (plan.dtype is None and isinstance(module, AffineLinear)):

@@ -14,14 +14,14 @@ from torch import nn
 
 from modicum.errors import ConfigError, CorruptAdapterError, listing
 from modicum.models.architecture import meta_model, read_config
-from modicum.models.checkpoint import _weight_map
+from modicum.models.checkpoint import weight_files
 from modicum.models.loading import resolve
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 #: what a model folder holds beside weights and config.json that its users need
-_BESIDE = (
+BESIDE = (
     "tokenizer*",
     "vocab*",
     "merges.txt",
@@ -70,7 +70,7 @@ class Source:
             )
         self.config = read_config(str(self.folder))
         self.model: Any = meta_model(self.config)
-        self.files = _weight_map(self.folder)
+        self.files = weight_files(self.folder)
         self._opened: dict[Path, Any] = {}
         self._stack = contextlib.ExitStack()
 
@@ -184,7 +184,7 @@ class Source:
 
     def beside(self) -> list[Path]:
         """Tokenizer, generation config, chat template and the like, in the folder."""
-        return sorted({f for pattern in _BESIDE for f in self.folder.glob(pattern) if f.is_file()})
+        return sorted({f for pattern in BESIDE for f in self.folder.glob(pattern) if f.is_file()})
 
     def not_finite(self, linears: list[Linear]) -> list[str]:
         """The names of those layers that hold NaN or infinite weights; reads them all."""
@@ -204,7 +204,7 @@ def _local(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", *_BESIDE]))
+        return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", *BESIDE]))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(

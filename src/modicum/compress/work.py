@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
 from modicum.errors import ConfigError, CorruptAdapterError
+from modicum.store.atomic import flush, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -71,9 +71,9 @@ class Work:
         file = self._file(name)
         temporary = file.with_suffix(".new")
         save_file(dict(tensors), temporary, {"about": json.dumps(about)})
-        _sync(temporary)
+        flush(temporary)
         temporary.replace(file)
-        _sync(self.folder)
+        flush(self.folder)
 
     def about(self, name: str) -> Any:
         """What was noted about a finished unit, None if it is not finished."""
@@ -104,12 +104,12 @@ class Work:
         """Put the finished model in the place of the output and remove the folder."""
         folder = self.finished
         for file in folder.iterdir():
-            _sync(file)
-        _sync(folder)
+            flush(file)
+        flush(folder)
         if self.output.exists():
             self.output.rename(self.folder / _OLD)
         folder.rename(self.output)
-        _sync(self.output.parent)
+        flush(self.output.parent)
         shutil.rmtree(self.folder)
 
     def _file(self, name: str) -> Path:
@@ -126,20 +126,3 @@ class Work:
             raise CorruptAdapterError(
                 f"{self._file(name)} cannot be read ({error}); delete {self.folder} and start anew"
             ) from error
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write `text` to `file`, all of it or nothing."""
-    temporary = file.with_name(file.name + ".new")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    temporary.replace(file)
-
-
-def _sync(path: Path) -> None:
-    with contextlib.suppress(OSError):  # not every file system lets folders be synced
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

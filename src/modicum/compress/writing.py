@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 
-from modicum.compress.work import write_text
+from modicum.store.atomic import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

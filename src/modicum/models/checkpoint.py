@@ -71,7 +71,7 @@ def _open(path: str | Path, task: str) -> tuple[Path, Any]:
 def _stream(folder: Path, model: Any, shapes: Mapping[str, tuple[int, int]]) -> Iterator[tuple[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
-    where = _weight_map(folder)
+    where = weight_files(folder)
     keys = {name: _key(name, where, model) for name in shapes}
     missing = [name for name, key in keys.items() if key is None]
     if missing:
@@ -109,7 +109,7 @@ def _linear() -> type:
     return nn.Linear
 
 
-def _weight_map(folder: Path) -> dict[str, Path]:
+def weight_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> file of a checkpoint folder, sharded or not."""
     from safetensors import SafetensorError, safe_open
 

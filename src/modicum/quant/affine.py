@@ -102,14 +102,14 @@ class AffineLinear(nn.Linear):
         return self._like.dtype
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The dequantized weight (out, in), made anew on each access; it cannot be assigned."""
         if self.codes.is_meta:
             return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
         return _ReadOnly.of(self.dequantized().to(self.dtype))
 
     @weight.setter
-    def weight(self, value: Tensor) -> None:
+    def weight(self, value: Tensor) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         # PEFT hands a layer's own weight back to it when it unloads adapters
         if not isinstance(value, _ReadOnly):
             raise InexactMergeError(_NO_ASSIGNMENT)

@@ -182,7 +182,7 @@ def _dequantize_rows(
     """Writes the weight (rows, in) of packed `codes` into `out`; scales and offsets (rows, in/p)."""
     rows, groups = scales.shape
     group, parts = columns // groups, 8 // bits if bits != 3 else 8
-    if columns % (8 * group if bits == 3 else parts * group):
+    if columns % 8 or columns % (parts * group):
         centred = (
             unpack(codes, bits, columns).to(torch.float32).sub_(middle(bits)).view(rows, 1, groups, group)
         )

@@ -25,7 +25,7 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    flush(path.parent)
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
@@ -39,9 +39,8 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         fill(aside)
         for file in aside.rglob("*"):
             if file.is_file():
-                with file.open("rb") as stream:
-                    os.fsync(stream.fileno())
-        _sync_folder(aside)
+                flush(file)
+        flush(aside)
         if path.exists():
             path.rename(old)
         aside.rename(path)
@@ -51,13 +50,14 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
             old.rename(path)
         raise
     shutil.rmtree(old, ignore_errors=True)
-    _sync_folder(path.parent)
+    flush(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    # Windows cannot open folders; the rename is all there is there
+def flush(path: Path) -> None:
+    """Returns when the file or folder `path` is on the disk."""
+    # not every system and file system lets folders be opened and flushed; the rename is all there is there
     with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:

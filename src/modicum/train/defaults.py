@@ -34,6 +34,10 @@ RATES: dict[str, Rate] = {
         2e-3, 2e-3, "a few hundred numbers that each move whole layers; between LoRA-XS and VeRA"
     ),
     "psoft": Rate(4e-4, 4e-4, "rotations inside a low-rank subspace, trained like LoRA"),
+    "q_bara": Rate(2e-4, 4e-4, "arXiv 2407.17029 trains it with LoRA's 2e-4"),
+    "qa_hira": Rate(2e-4, 4e-4, "as Q-BaRA, arXiv 2407.17029"),
+    "qa_lora": Rate(2e-4, 4e-4, "as LoRA, arXiv 2309.14717 uses 2e-5 to 2e-4"),
+    "qa_blora": Rate(2e-4, 4e-4, "as QA-LoRA"),
     "full": Rate(2e-5, 2e-5, "the usual rate for fine-tuning all weights with Adam"),
 }
 FALLBACK = Rate(2e-4, 4e-4, "as LoRA")

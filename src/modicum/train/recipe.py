@@ -15,6 +15,7 @@ from modicum.evaluate.metrics import LARGER_IS_BETTER, TASK_METRICS
 from modicum.models.loading import Dtype  # noqa: TC001, pydantic reads it at run time
 from modicum.train import defaults
 from modicum.train.methods import option_faults
+from modicum.train.stages import MergeOptions, stage_faults
 from modicum.train.yaml_lines import Lines, read_yaml, yaml_value
 
 if TYPE_CHECKING:
@@ -117,13 +118,18 @@ class SweepOptions(Section):
 
 
 class Recipe(Section):
-    """Everything a training run depends on."""
+    """Everything a training run depends on, and the stages that `modicum run` puts around it."""
 
     model: ModelOptions
+    quantize: dict[str, Any] | None = Field(
+        None, description="Quantize the base model first; the options of `modicum quantize`."
+    )
     data: DataOptions
     method: MethodOptions = Field(default_factory=lambda: MethodOptions(name="lora_xs"))
     train: TrainOptions = Field(default_factory=TrainOptions)  # pyright: ignore[reportArgumentType]
     sweep: SweepOptions | None = None
+    merge: MergeOptions | None = None
+    export: list[str] = Field(default_factory=list, description="Formats to export the merged model to.")
     output: str | None = Field(None, description="Folder of the results; runs/NAME-OF-THE-RECIPE when unset.")
 
     @property
@@ -161,7 +167,8 @@ class Recipe(Section):
     def digest(self) -> str:
         """16 hex digits over everything that changes the numbers: all but where results and logs go."""
         values = self.model_dump(
-            mode="json", exclude={"output": True, "train": {"report_to", "logging_steps"}}
+            mode="json",
+            exclude={"output": True, "merge": True, "export": True, "train": {"report_to", "logging_steps"}},
         )
         values["train"] |= {
             "learning_rate": self.learning_rate,
@@ -230,7 +237,7 @@ def make_recipe(values: Mapping[str, Any], name: str = "recipe", lines: Lines | 
         wrong = option_faults(method.get("name", "lora_xs"), options)
         faults += [(("method", key), message) for key, message in wrong.items()]
     if recipe is not None:
-        faults += _cross_faults(recipe)
+        faults += [*_cross_faults(recipe), *_stage_faults(recipe)]
     if faults or recipe is None:
         raise ConfigError("\n".join(_located(name, loc, message, lines or {}) for loc, message in faults))
     return recipe
@@ -239,6 +246,22 @@ def make_recipe(values: Mapping[str, Any], name: str = "recipe", lines: Lines | 
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a recipe, for docs and editors."""
     return Recipe.model_json_schema()
+
+
+def _stage_faults(recipe: Recipe) -> list[tuple[tuple[str | int, ...], str]]:
+    found = stage_faults(recipe.quantize, recipe.export)
+    faults: list[tuple[tuple[str | int, ...], str]] = [
+        (tuple(p.split(".")), said) for p, said in found.items()
+    ]
+    if recipe.export and recipe.merge is None:
+        faults.append((("export",), "export needs the section merge: what is exported is the merged model"))
+    return faults
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _put(values: dict[str, Any], keys: Sequence[str], value: Any, shown: str) -> None:
@@ -265,7 +288,7 @@ def _names_at(loc: tuple[str | int, ...]) -> list[str]:
     section: Any = Recipe
     for part in loc:
         kind = section.model_fields[part].annotation
-        section = SweepOptions if part == "sweep" else kind
+        section = {"sweep": SweepOptions, "merge": MergeOptions}.get(str(part), kind)
     return list(section.model_fields)
 
 
@@ -290,6 +313,13 @@ def _cross_faults(recipe: Recipe) -> list[tuple[tuple[str | int, ...], str]]:
         hint = did_you_mean(train.metric, known)
         faults.append(
             (("train", "metric"), f"{task} has no metric {train.metric!r}{hint}; known: {', '.join(known)}")
+        )
+    if train.optim.startswith("paged") and not _cuda():
+        faults.append(
+            (
+                ("train", "optim"),
+                f"train.optim = {train.optim!r} pages between a GPU and the host, and there is no GPU",
+            )
         )
     if recipe.sweep is not None:
         wrong = [rate for rate in recipe.sweep.learning_rate if rate <= 0]

@@ -1,0 +1,194 @@
+"""Every stage of a recipe in order: quantize → tune → merge → export → measure.
+
+Each stage leaves a folder of its own in the recipe's output and is passed over when that is there already, so a
+run that was cut goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from modicum.compress.export import export_model
+from modicum.compress.merge import merge_to_folder
+from modicum.compress.quantize import quantize_model
+from modicum.data.prepare import prepare
+from modicum.errors import ConfigError
+from modicum.evaluate.run import evaluate
+from modicum.models.loading import load_adapted, load_base, load_tokenizer, quiet_transformers
+from modicum.store.atomic import write_text
+from modicum.train import artifacts
+from modicum.train.methods import FULL
+from modicum.train.run import tune
+from modicum.train.stages import quantize_options
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from modicum.train.callbacks import Show
+    from modicum.train.recipe import Recipe
+
+BASE, TUNE, MERGED, EXPORT, REPORT = "base", "tune", "merged", "export", "pipeline.json"
+#: rows that the merge error is measured on
+_MEASURED = 32
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """What every stage made and measured."""
+
+    folder: Path
+    #: stage -> its report
+    report: dict[str, Any]
+    #: stages that were there already
+    reused: tuple[str, ...]
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    show: Show = "none",
+    say: Callable[[str], None] = lambda _: None,
+) -> PipelineResult:
+    """The result of all stages of `recipe`; `say` is told which one begins.
+
+    Raises:
+        ConfigError: the folder holds another recipe's results, or stages that make no sense together.
+        InexactMergeError: the merge or an export would lose something and `merge.allow_inexact` is not set.
+    """
+    if recipe.merge is not None and recipe.method.name == FULL:
+        raise ConfigError("full fine-tuning leaves no adapter to merge: drop the section merge")
+    _claim(recipe, resume=resume, overwrite=overwrite)
+    job = _Pipeline(recipe, say)
+    with quiet_transformers():
+        base = job.base()
+        job.tuned(base, resume=resume or bool(job.reused), show=show)
+        job.merged(base)
+        job.exported()
+        job.measured(base)
+    artifacts.write_json(recipe.folder / REPORT, job.report)
+    return PipelineResult(recipe.folder, job.report, tuple(job.reused))
+
+
+class _Pipeline:
+    def __init__(self, recipe: Recipe, say: Callable[[str], None]) -> None:
+        self.recipe, self.say, self.folder = recipe, say, recipe.folder
+        self.report: dict[str, Any] = {}
+        self.reused: list[str] = []
+        self.adapter: Path | None = None
+
+    def base(self) -> str:
+        """The base model to train on: quantized, or the recipe's own."""
+        if self.recipe.quantize is None:
+            return self.recipe.model.name_or_path
+        folder = self.folder / BASE
+        if self._is_there(folder, BASE):
+            self.report["quantize"] = artifacts.read_json(folder / "quantization_report.json")
+            return str(folder)
+        self.say("quantize")
+        options = quantize_options(self.recipe.quantize)
+        partial = folder.with_name(f"{folder.name}.partial").exists()
+        report = quantize_model(self.recipe.model.name_or_path, folder, options, resume=partial)
+        self.report["quantize"] = asdict(report)
+        return str(folder)
+
+    def tuned(self, base: str, *, resume: bool, show: Show) -> None:
+        """Train on `base`."""
+        self.say("tune")
+        recipe = self.recipe.with_values(
+            model__name_or_path=base, output=str(self.folder / TUNE), quantize=None, merge=None, export=[]
+        )
+        result = tune(recipe, resume=resume or (self.folder / TUNE).exists(), show=show)
+        if result.reused:
+            self.reused.append(TUNE)
+        self.adapter = result.adapter
+        self.report["tune"] = result.report
+
+    def merged(self, base: str) -> None:
+        """Fold the adapter in, if the recipe wants it."""
+        options = self.recipe.merge
+        if options is None or self._is_there(self.folder / MERGED, "merge"):
+            return
+        self.say("merge")
+        assert self.adapter is not None
+        result = merge_to_folder(
+            base,
+            self.adapter,
+            self.folder / MERGED,
+            texts=self._texts(base),
+            dtype=options.dtype,
+            allow_inexact=options.allow_inexact,
+        )
+        self.report["merge"] = asdict(result)
+
+    def exported(self) -> None:
+        """Write the merged model in the formats of other engines."""
+        for name in self.recipe.export:
+            target = self.folder / EXPORT / name
+            if self._is_there(target, name, name="*"):
+                continue
+            self.say(f"export {name}")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            merged = str(self.folder / MERGED)
+            allow = self.recipe.merge is not None and self.recipe.merge.allow_inexact
+            model = load_base(merged, dtype="float32")
+            result = export_model(model, load_tokenizer(merged), target, name, allow)
+            self.report.setdefault("export", {})[name] = asdict(result)
+
+    def measured(self, base: str) -> None:
+        """Measure on the test rows: the base, the base with the adapter, and the merged model."""
+        tokenizer = load_tokenizer(base)
+        task = self.recipe.model.task
+        prepared = prepare(self.recipe.data, tokenizer, task, self.recipe.model.num_labels)
+        if prepared.test is None:
+            return
+        self.say("measure")
+        names = {"base": (base, False), "adapted": (base, True)}
+        if (self.folder / MERGED).is_dir():
+            names["merged"] = (str(self.folder / MERGED), False)
+        found = {}
+        for name, (path, with_adapter) in names.items():
+            if task != "causal_lm" and not with_adapter:
+                continue  # without its trained head a classifier answers at random
+            model = load_base(path, task, num_labels=prepared.num_labels, tokenizer=tokenizer)
+            if with_adapter and self.adapter is not None and self.recipe.method.name != FULL:
+                model = load_adapted(model, self.adapter)
+            measures = evaluate(model, tokenizer, prepared.test, task).as_dict()["metrics"]
+            found[name] = measures
+        self.report["measure"] = found
+
+    def _texts(self, base: str) -> list[str]:
+        """Real rows to measure the merge error on: of validation, or of training."""
+        tokenizer = load_tokenizer(base)
+        prepared = prepare(self.recipe.data, tokenizer, self.recipe.model.task, self.recipe.model.num_labels)
+        rows = prepared.validation or prepared.train
+        assert rows is not None
+        return [tokenizer.decode(rows[i]["input_ids"]) for i in range(min(_MEASURED, len(rows)))]
+
+    def _is_there(self, folder: Path, stage: str, name: str = "config.json") -> bool:
+        found = folder.is_file() or (folder.is_dir() and any(folder.glob(name)))
+        if found:
+            self.reused.append(stage)
+        return found
+
+
+def _claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    """Make the recipe's folder ours, or say why it is not."""
+    folder, file = recipe.folder, recipe.folder / artifacts.RECIPE
+    if overwrite:
+        for name in (BASE, f"{BASE}.partial", TUNE, MERGED, EXPORT):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in (REPORT, artifacts.RECIPE):
+            (folder / name).unlink(missing_ok=True)
+    if file.is_file():
+        if not resume:
+            raise ConfigError(f"{folder} holds a run: --resume to go on, --overwrite to start again")
+        if file.read_text(encoding="utf-8") != recipe.to_yaml():
+            raise ConfigError(
+                f"{folder} was made by another recipe ({file}); run that one, set another output, or use --overwrite"
+            )
+    write_text(file, recipe.to_yaml())
