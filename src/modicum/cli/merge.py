@@ -83,6 +83,10 @@ def _show(result: Any) -> Any:
             if result.bits_before and result.bits_after
             else []
         ),
+        *[
+            [f"with {kind} offsets", f"{loss:.1%} of the update would be lost"]
+            for kind, loss in result.coarser_offsets.items()
+        ],
         ["output", f"{result.output} (nothing written)" if result.dry_run else str(result.output)],
         *([f"  {name}", f"{size:,} bytes"] for name, size in result.files.items()),
     ]

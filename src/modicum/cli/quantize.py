@@ -38,6 +38,7 @@ def run(  # long: one line or three for each option
     ] = None,
     eval_sequences: Annotated[int, typer.Option(help="Measure on so many sequences at most, 0: all.")] = 64,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not measure perplexity.")] = False,
+    double_quant: Annotated[bool, typer.Option(help="nf4: quantize the scales too.")] = True,
     scale_dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     offset_dtype: Annotated[
         str | None, typer.Option(help="bfloat16 unless set; float32 for integer zero-points.")
@@ -65,6 +66,7 @@ def run(  # long: one line or three for each option
         algorithm=algorithm,
         clip=clip,
         act_order=act_order,
+        double_quant=double_quant,
         scale_dtype=scale_dtype,
         offset_dtype=offset_dtype,
         exclude=tuple(exclude or ()),

@@ -113,6 +113,7 @@ def _run(
         load_in_4bit=options.algorithm == "nf4",
         load_in_8bit=options.algorithm == "int8",
         bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=options.double_quant,
         bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=plan.dense,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,8 @@ class Merged:
     #: bits per quantized weight before and after, None for a dense base
     bits_before: float | None = None
     bits_after: float | None = None
+    #: share of the update that offsets of this kind would lose; empty where nothing was folded
+    coarser_offsets: dict[str, float] = field(default_factory=dict)
 
 
 def merge_to_folder(
@@ -106,7 +108,17 @@ def merge_to_folder(
         write_folder(target, fill)
         files = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
     after = effective_bits(merged) if plan.dtype is None else None
-    return Merged(target, report.dtype, files, report, report.exact, dry_run, before or None, after)
+    return Merged(
+        target,
+        report.dtype,
+        files,
+        report,
+        report.exact,
+        dry_run,
+        before or None,
+        after,
+        plan.coarser_offsets,
+    )
 
 
 @dataclass(frozen=True)
@@ -119,6 +131,7 @@ class _Plan:
     dtype: torch.dtype | None
     #: the same in words
     kept: str
+    coarser_offsets: dict[str, float] = field(default_factory=dict)
 
 
 def _plan(adapted: PeftModel, batch: Mapping[str, Tensor], dtype: str, *, allow_inexact: bool) -> _Plan:
@@ -129,9 +142,10 @@ def _plan(adapted: PeftModel, batch: Mapping[str, Tensor], dtype: str, *, allow_
         return _Plan({name: _dense(layer, kind) for name, layer in layers.items()}, kind, dtype)
     if all(_folds(layer) for layer in layers.values()):
         bits = sorted({layer.get_base_layer().spec.bits for layer in layers.values()})
-        return _Plan(
-            {n: _folded(m) for n, m in layers.items()}, None, f"{'/'.join(map(str, bits))}-bit affine"
-        )
+        folded: dict[str, Any] = {name: _folded(layer) for name, layer in layers.items()}
+        kept = f"{'/'.join(map(str, bits))}-bit affine"
+        pairs = [(layers[name].get_base_layer(), layer) for name, layer in folded.items()]
+        return _Plan(folded, None, kept, _losses(pairs))
     if not allow_inexact:
         first = next(name for name, layer in layers.items() if not _folds(layer))
         raise InexactMergeError(
@@ -169,6 +183,29 @@ def _folded(layer: AdapterLinear) -> nn.Module:
         adapter: Any = layer.adapters[name]
         layer.site.format.fold(merged, adapter.block_values(), adapter.block)
     return merged
+
+
+@torch.no_grad()
+def _losses(pairs: Sequence[tuple[AffineLinear, AffineLinear]]) -> dict[str, float]:
+    """‖rounded − kept‖ / ‖update‖ over the offsets of all layers (before, after), if they were rounded to each kind."""
+    lost, size = dict.fromkeys(("float16", "bfloat16", "integer"), 0.0), 0.0
+    for before, after in pairs:
+        scales, offsets = after.grid()
+        if offsets is None or after.block_offsets is not before.block_offsets:
+            continue
+        old = before.grid().offsets
+        update = offsets - (0.0 if old is None else old.float())
+        step = scales.float()
+        rounded = {
+            "float16": offsets.half().float(),
+            "bfloat16": offsets.bfloat16().float(),
+            "integer": (offsets / step).round() * step,
+        }
+        weight = math.prod(after.spec.block)
+        size += weight * float(update.double().square().sum())
+        for name, values in rounded.items():
+            lost[name] += weight * float((values - offsets).double().square().sum())
+    return {name: math.sqrt(value / size) for name, value in lost.items()} if size else {}
 
 
 @torch.no_grad()
