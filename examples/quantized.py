@@ -23,7 +23,6 @@ def main() -> None:
     base = AutoModelForCausalLM.from_pretrained(path(), dtype=torch.float32, quantization_config=config)
     # pool = group size: the update is one number per group, which the group's offset takes
     model = get_peft_model(base, QALoraConfig(r=8, alpha=8, pool=32))
-    model.print_trainable_parameters()
 
     tokenizer = AutoTokenizer.from_pretrained(path())
     batch = tokenizer(TEXTS, return_tensors="pt", padding=True)
