@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from modicum.ops.affine import Grid
+from modicum.ops.affine import Grid, decode
 
 #: rows (tokens) up to which the kernel beats dequantizing and a dense product; measured, see the benchmarks
-FEW_ROWS = 8
+FEW_ROWS = 16
 GROUPS = (32, 64, 128, 256)
 _RUN = 64
 
@@ -81,21 +81,8 @@ def few_rows(x: Tensor, codes: Tensor, pair: Tensor, rest: Tensor | None) -> Ten
     return y.add_(F.linear(sums, rest))
 
 
-def rows_of(pair: Tensor, rest: Tensor | None, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Scales and offsets of some rows, both (in/g, rows) float32 and contiguous."""
-    part = pair[:, start:stop].float()
-    offsets = part[..., 1] if rest is None else part[..., 1] + rest[start:stop].T
-    return part[..., 0].contiguous(), offsets.contiguous()
-
-
-def dequantize_runs(codes: Tensor, scales: Tensor, offsets: Tensor, columns: int, out: Tensor) -> None:
-    """Writes the transposed weight (in, rows) of the runs in `codes` (rows, in/2) into `out`."""
-    runs, groups = codes.shape[0] // _RUN, scales.shape[0]
-    steps = torch.arange(0, 8, 4, dtype=torch.uint8, device=codes.device).view(2, 1)
-    # in the order of the result, so that it is written in whole runs
-    part = codes.view(runs, groups, columns // groups, 1, _RUN // 2).permute(1, 2, 0, 3, 4)
-    centred = ((part >> steps) & 15).to(torch.float32) - 8
-    shape = (groups, 1, runs, 2, _RUN // 2)
-    out.view(groups, columns // groups, runs, 2, _RUN // 2).copy_(
-        centred * scales.view(shape) + offsets.view(shape)
-    )
+def dequantize(codes: Tensor, pair: Tensor, rest: Tensor | None, start: int, out: Tensor) -> None:
+    """Writes the weight (rows, in) of the rows from `start`, a multiple of 64, into `out`."""
+    stop = start + len(out)
+    grid = grid_of(pair[:, start:stop], None if rest is None else rest[start:stop])
+    out.copy_(decode(unpacked(codes[start:stop]), grid, 4, (1, out.shape[1] // pair.shape[0])))

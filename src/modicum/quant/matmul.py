@@ -1,33 +1,35 @@
 """One door for products with a quantized weight: x ŵᵀ and its gradient to x, whatever the layout and the device.
 
-Few rows go to a low-bit kernel where there is one. Otherwise the weight is dequantized, a panel of rows at a
-time, into a buffer that is used again for every panel of every layer: memory stays codes and scales, and no
-layer's worth of pages is mapped and freed on each call (which alone halves the speed of training). The
-dequantization is compiled where a compiler is at hand.
+Few rows go to a low-bit kernel where there is one. Otherwise the weight is dequantized, on a processor a panel of
+rows at a time, into a buffer that is used again for every panel of every layer: the product reads it from a cache,
+memory stays codes and scales, and no layer's worth of pages is mapped and freed on each call (which alone halves
+the speed of training). `native` dequantizes on processors, compiled torch code elsewhere, and where there is no
+compiler torch as it is.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 import os
-import shutil
 import threading
 import types
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from modicum.ops.affine import middle, spread, unpack
-from modicum.quant import int4pack
+from modicum.quant import int4pack, native
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-#: weights dequantized at a time on a processor: a panel of bfloat16 stays in its cache
-PANEL = 1 << 22
+#: weights dequantized at a time on a processor: few enough for its caches, many enough for the product's overhead
+PANEL = 3 << 19
+#: most weights of a panel whose products are summed: sums over panels cost more than a cache saves when rows are many
+LARGEST_PANEL = 1 << 24
 #: layers below this many weights are not worth waiting for a compiler
 _WORTH_COMPILING = 1 << 20
 
@@ -63,15 +65,19 @@ def _forward(
     packed: bool,
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    if packed and len(rows) <= int4pack.FEW_ROWS and x.dtype == torch.bfloat16:
+    if packed and 0 < len(rows) <= int4pack.FEW_ROWS and x.dtype == torch.bfloat16:
         y = int4pack.few_rows(rows, codes, scales, offsets)
         y = y if bias is None else y.add_(bias)
-        return y.view(*x.shape[:-1], -1)
-    parts = []
-    for start, stop, weight in _panels(x.shape[-1], x.dtype, codes, scales, offsets, bits, (q, p), packed):
-        parts.append(F.linear(rows, weight, None if bias is None else bias[start:stop].to(x.dtype)))
-    y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-    return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], codes.shape[0])
+    y = rows.new_empty(len(rows), codes.shape[0])
+    for start, stop, weight in _panels(
+        x.shape[-1], PANEL, x.dtype, codes, scales, offsets, bits, (q, p), packed
+    ):
+        if bias is None:
+            torch.mm(rows, weight.T, out=y[:, start:stop])
+        else:
+            torch.addmm(bias[start:stop].to(x.dtype), rows, weight.T, out=y[:, start:stop])
+    return y.view(*x.shape[:-1], codes.shape[0])
 
 
 def _input_gradient(
@@ -87,7 +93,11 @@ def _input_gradient(
 ) -> Tensor:
     rows = grad.reshape(-1, grad.shape[-1])
     total: Tensor | None = None
-    for start, stop, weight in _panels(columns, grad.dtype, codes, scales, offsets, bits, (q, p), packed):
+    # each panel adds rows x columns numbers for as many products as it has rows
+    size = min(max(PANEL, 4 * len(rows) * columns), LARGEST_PANEL)
+    for start, stop, weight in _panels(
+        columns, size, grad.dtype, codes, scales, offsets, bits, (q, p), packed
+    ):
         part = rows[:, start:stop]
         # sums of panels are kept in float32 where the dtype is narrower
         if total is None:
@@ -132,6 +142,7 @@ _linear.register_autograd(_backward, setup_context=_save)
 
 def _panels(
     columns: int,
+    size: int,
     dtype: torch.dtype,
     codes: Tensor,
     scales: Tensor,
@@ -142,38 +153,45 @@ def _panels(
 ) -> Iterator[tuple[int, int, Tensor]]:
     """(first row, row after the last, weight (rows, in)) of all panels; a weight is overwritten by the next."""
     out, q = codes.shape[0], block[0]
-    step = _panel_rows(out, columns, q) if codes.device.type == "cpu" else out
-    worth = out * columns >= _WORTH_COMPILING and can_compile(codes.device.type)
+    step = _panel_rows(out, columns, q, size) if codes.device.type == "cpu" else out
     for start in range(0, out, step):
         stop = min(start + step, out)
-        buffer = _buffer((stop - start) * columns, dtype, codes.device)
-        part = slice(start // q, stop // q)
+        weight = _buffer((stop - start) * columns, dtype, codes.device).view(stop - start, columns)
         if packed:
-            scale, offset = int4pack.rows_of(scales, offsets, start, stop)
-            arguments = codes[start:stop], scale, offset, columns
-            function: Callable[..., None] = int4pack.dequantize_runs
-            weight = buffer.view(columns, stop - start)
+            if native.takes(scales, offsets, weight):
+                native.dequantize_int4(codes, scales, offsets, start, weight)
+            else:
+                int4pack.dequantize(codes, scales, offsets, start, weight)
         else:
-            scale, offset = spread(scales[part], (q, 1)), None
-            if offsets is not None:
-                offset = spread(offsets[part], (q, 1))
-            arguments = codes[start:stop], scale, offset, bits, columns
-            function = _dequantize_rows
-            weight = buffer.view(stop - start, columns)
-        if worth:
-            function = _compiled(function, (stop - start, columns, *scale.shape, bits, dtype, offset is None))
-        function(*arguments, weight)
-        yield start, stop, weight.T if packed else weight
+            part = slice(start // q, stop // q)
+            _dequantize(
+                codes[start:stop], scales[part], None if offsets is None else offsets[part], bits, q, weight
+            )
+        yield start, stop, weight
 
 
-def _panel_rows(out: int, columns: int, q: int) -> int:
-    """Rows of a panel: all equal if there is a way, so that few shapes are compiled."""
+def _panel_rows(out: int, columns: int, q: int, size: int) -> int:
+    """Rows of a panel of about `size` weights, whole blocks and runs; panels are about equal."""
     unit = math.lcm(64, q)
-    most = max(1, PANEL // columns // unit)
-    if out <= most * unit or out % unit:
-        return min(out, most * unit)
-    units = out // unit
-    return unit * max(n for n in range(1, most + 1) if units % n == 0 or n == max(1, most // 2))
+    units = -(-out // unit)
+    panels = -(-units // max(1, size // columns // unit))
+    return min(out, unit * -(-units // panels))
+
+
+def _dequantize(
+    codes: Tensor, scales: Tensor, offsets: Tensor | None, bits: int, q: int, out: Tensor
+) -> None:
+    """Writes the weight (rows, in) of codes in bit planes into `out`, the fastest way there is here."""
+    if native.takes(scales, offsets, out):
+        native.dequantize(codes, scales, offsets, bits, q, out)
+        return
+    rows, columns = out.shape
+    scales = spread(scales, (q, 1))
+    offsets = None if offsets is None else spread(offsets, (q, 1))
+    function: Callable[..., None] = _dequantize_rows
+    if rows * columns >= _WORTH_COMPILING and can_compile(codes.device.type):
+        function = _compiled(function, (rows, columns, *scales.shape, bits, out.dtype, offsets is None))
+    function(codes, scales, offsets, bits, columns, out)
 
 
 def _dequantize_rows(
@@ -189,7 +207,7 @@ def _dequantize_rows(
         parts = 1
     else:
         # runs of whole groups in the order of the bytes: all index arithmetic stays affine, loops vectorize
-        centred = _runs(codes, bits, parts, group).to(torch.float32) - middle(bits)
+        centred = _runs(codes, bits, group).to(torch.float32) - middle(bits)
     shape = (rows, parts, groups // parts, 1)
     weight = centred * scales.to(torch.float32).view(shape)
     if offsets is not None:
@@ -197,7 +215,7 @@ def _dequantize_rows(
     out.view(rows, parts, groups // parts, group).copy_(weight)
 
 
-def _runs(codes: Tensor, bits: int, parts: int, group: int) -> Tensor:
+def _runs(codes: Tensor, bits: int, group: int) -> Tensor:
     """Codes as (rows, parts, groups of a part, group), the columns in order."""
     rows, device = codes.shape[0], codes.device
     if bits != 3:
@@ -230,12 +248,8 @@ def _buffer(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 @functools.cache
 def can_compile(device: str) -> bool:
     """Whether `torch.compile` can make kernels for `device` here; MODICUM_COMPILE=0 says no."""
-    if os.environ.get("MODICUM_COMPILE", "1") == "0":
+    if device == "cpu" or os.environ.get("MODICUM_COMPILE", "1") == "0":
         return False
-    if device == "cpu":
-        return shutil.which(os.environ.get("CXX", "g++")) is not None or shutil.which("clang++") is not None
-    import importlib.util
-
     return importlib.util.find_spec("triton") is not None
 
 

@@ -1,0 +1,157 @@
+"""Dequantization on processors by a small library in C, several times faster than compiled torch code.
+
+    ŵ = s · (c − 2^(bits−1)) + o
+
+in float32 with one rounding to the type of the result: bit for bit `modicum.ops.affine.decode(…).to(dtype)`. The
+library is compiled on first use (`build.py`), never on import; without a compiler `available()` is False and
+`why_not()` says why. MODICUM_NATIVE=0 switches it off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from typing import TYPE_CHECKING
+
+import torch
+
+from modicum.quant.native import build
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: number types of scales, offsets and results, and what the library calls them
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+#: weights below which waking other threads takes longer than the work
+_WORTH_THREADS = 1 << 16
+
+_lock = threading.Lock()
+
+
+class _Job(ctypes.Structure):
+    """`job` in dequantize.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "offsets", "out")),
+        *((name, ctypes.c_int64) for name in ("start", "rows", "columns", "group", "repeat")),
+        *((name, ctypes.c_int32) for name in ("bits", "scale_kind", "offset_kind", "out_kind", "threads")),
+    )
+
+
+def available() -> bool:
+    """Whether the library is there; compiles it the first time."""
+    return _library()[0] is not None
+
+
+def why_not() -> str | None:
+    """Why there is no library, None if there is one."""
+    return _library()[1]
+
+
+def takes(*tensors: Tensor | None) -> bool:
+    """Whether the library computes with these scales, offsets and results, where they are and as they are."""
+    return available() and all(
+        tensor is None or (tensor.device.type == "cpu" and tensor.dtype in KINDS) for tensor in tensors
+    )
+
+
+def dequantize(codes: Tensor, scales: Tensor, offsets: Tensor | None, bits: int, q: int, out: Tensor) -> None:
+    """Writes the weight (rows, in) of codes in bit planes, as packed by `modicum.ops.affine.pack`, into `out`.
+
+    `scales` and `offsets` (rows/q, in/p); `out` contiguous, in one of the types in `KINDS`.
+
+    Raises:
+        ValueError: shapes or types do not belong together.
+    """
+    (rows, columns), (few, groups) = out.shape, scales.shape
+    group = columns // max(groups, 1)
+    fits = (
+        codes.shape == (rows, -(-columns // 8) * bits)
+        and (few * q, group * groups) == (rows, columns)
+        and (offsets is None or offsets.shape == scales.shape)
+    )
+    if not fits:
+        raise _mismatch(codes, scales, offsets, out)
+    _run("modicum_rows", codes, scales, offsets, out, start=0, group=group, repeat=q, bits=bits)
+
+
+def dequantize_int4(codes: Tensor, pair: Tensor, rest: Tensor | None, start: int, out: Tensor) -> None:
+    """Writes the weight (rows, in) of rows from `start`, in the layout of `modicum.quant.int4pack`, into `out`.
+
+    All of `codes` (all rows, in/2), `pair` (in/g, all rows, 2) and `rest` (all rows, in/g) are given; `start`
+    and the number of rows are multiples of 64, g of 32.
+
+    Raises:
+        ValueError: shapes or types do not belong together.
+    """
+    (rows, columns), (groups, total, _) = out.shape, pair.shape
+    group = columns // groups
+    fits = (
+        codes.shape == (total, columns // 2)
+        and (group % 32, start % 64, rows % 64, columns % groups) == (0, 0, 0, 0)
+        and 0 <= start <= total - rows
+        and pair.dtype == torch.bfloat16
+        and (rest is None or (rest.dtype == torch.float32 and rest.shape == (total, groups)))
+    )
+    if not fits:
+        raise _mismatch(codes, pair, rest, out)
+    _run("modicum_runs", codes, pair, rest, out, start=start, group=group, repeat=total, bits=4)
+
+
+def _run(
+    name: str,
+    codes: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    out: Tensor,
+    *,
+    start: int,
+    group: int,
+    repeat: int,
+    bits: int,
+) -> None:
+    library, reason = _library()
+    if library is None:
+        raise RuntimeError(f"there is no library for dequantization: {reason}; ask native.available() first")
+    if codes.dtype != torch.uint8 or not out.is_contiguous():
+        raise ValueError(f"codes must be uint8, not {codes.dtype}, and what is written contiguous")
+    # names keep what the pointers point to
+    codes, scales = codes.contiguous(), scales.contiguous()
+    offsets = None if offsets is None else offsets.contiguous()
+    job = _Job(
+        codes.data_ptr(),
+        scales.data_ptr(),
+        None if offsets is None else offsets.data_ptr(),
+        out.data_ptr(),
+        start,
+        *out.shape,
+        group,
+        repeat,
+        bits,
+        KINDS[scales.dtype],
+        0 if offsets is None else KINDS[offsets.dtype],
+        KINDS[out.dtype],
+        torch.get_num_threads() if out.numel() >= _WORTH_THREADS else 1,
+    )
+    if out.numel() and getattr(library, name)(ctypes.byref(job)):
+        raise ValueError(f"{bits} bits are not 2, 3, 4 or 8")
+
+
+def _mismatch(codes: Tensor, scales: Tensor, offsets: Tensor | None, out: Tensor) -> ValueError:
+    shapes = [tuple(tensor.shape) for tensor in (codes, scales, offsets, out) if tensor is not None]
+    return ValueError(f"codes, scales, (offsets,) and result do not belong together: {shapes}")
+
+
+@functools.cache
+def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
+    try:
+        return build.load(), None
+    except build.NotBuiltError as error:
+        return None, str(error)
+
+
+def _library() -> tuple[ctypes.CDLL | None, str | None]:
+    # two threads that come first together compile once
+    with _lock:
+        return _loaded()

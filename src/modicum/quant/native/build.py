@@ -1,0 +1,152 @@
+"""The library of `dequantize.c`: compiled for this processor on first use, kept in the cache, loaded once.
+
+It has no dependencies. Its threads are those of the OpenMP runtime that torch itself has loaded, found through
+torch's library and handed over as function pointers: a second runtime would keep a second pool of threads, and
+the two pools wait for each other by spinning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("dequantize.c")
+COMPILERS = ("c++", "g++", "clang++", "cc")
+#: contraction would leave out a rounding; "native" is left out where a compiler does not know it
+_FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-ffp-contract=off")
+_NATIVE = "-march=native"
+#: lines of /proc/cpuinfo that say what code a processor runs
+_PROCESSOR = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU implementer", "CPU part", "isa")
+_SECONDS = 120
+
+
+class NotBuiltError(Exception):
+    """There is no library, and why; callers go on without one."""
+
+
+def load() -> ctypes.CDLL:
+    """The library, compiled if the cache has none for this source, compiler and processor.
+
+    Raises:
+        NotBuiltError: switched off, no Linux, no compiler, or the compiler failed.
+    """
+    if os.environ.get("MODICUM_NATIVE", "1") == "0":
+        raise NotBuiltError("switched off by MODICUM_NATIVE=0")
+    if sys.platform != "linux":
+        raise NotBuiltError(f"only built on Linux, this is {sys.platform}")
+    compiler = find_compiler()
+    name = f"dequantize-{_key(compiler)}.so"
+    try:
+        library = _kept(compiler, cache_folder() / name)
+    except (OSError, RuntimeError):
+        # no home, no space, or a folder that nothing may be run from
+        library = _unkept(compiler, name)
+    _share_threads(library)
+    return library
+
+
+def find_compiler() -> str:
+    """The path of the compiler in $CXX, or of the first one there is.
+
+    Raises:
+        NotBuiltError: there is none.
+    """
+    wanted = shlex.split(os.environ.get("CXX", ""))[:1]
+    found = next(filter(None, map(shutil.which, wanted or COMPILERS)), None)
+    if found is None:
+        what = (
+            f"$CXX = {wanted[0]!r} is no program"
+            if wanted
+            else f"none of {', '.join(COMPILERS)} is installed"
+        )
+        raise NotBuiltError(f"no compiler: {what}")
+    return str(Path(found).resolve())
+
+
+def cache_folder() -> Path:
+    """The folder of compiled libraries: in $MODICUM_CACHE, else $XDG_CACHE_HOME/modicum, else ~/.cache/modicum."""
+    root = os.environ.get("MODICUM_CACHE")
+    if root:
+        return Path(root) / "native"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "modicum" / "native"
+
+
+def _key(compiler: str) -> str:
+    status = Path(compiler).stat()
+    parts = [compiler, str(status.st_size), str(status.st_mtime_ns), *_FLAGS, _NATIVE, _processor()]
+    state = hashlib.sha256("\n".join(parts).encode())
+    state.update(SOURCE.read_bytes())
+    return state.hexdigest()[:24]
+
+
+def _processor() -> str:
+    """What decides which instructions run here; a home folder may be shared by different machines."""
+    lines = [platform.machine()]
+    with contextlib.suppress(OSError):
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n", 1)[0]
+        lines += [line for line in first.splitlines() if line.split(":")[0].strip() in _PROCESSOR]
+    return "\n".join(lines)
+
+
+def _kept(compiler: str, path: Path) -> ctypes.CDLL:
+    if path.is_file():
+        # a damaged file is replaced below
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".part")
+    os.close(handle)
+    try:
+        _compile(compiler, partial)
+        # whole or not at all, however many processes compile at once; they all make the same
+        Path(partial).replace(path)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+    return ctypes.CDLL(str(path))
+
+
+def _unkept(compiler: str, name: str) -> ctypes.CDLL:
+    try:
+        with tempfile.TemporaryDirectory(prefix="modicum-native-") as folder:
+            _compile(compiler, str(Path(folder) / name))
+            return ctypes.CDLL(str(Path(folder) / name))
+    except OSError as error:
+        raise NotBuiltError(f"no folder to build in, or none to load from: {error}") from error
+
+
+def _compile(compiler: str, output: str) -> None:
+    message = ""
+    for flags in ((_NATIVE, *_FLAGS), _FLAGS):
+        command = [compiler, *flags, "-o", output, "-x", "c", str(SOURCE)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)  # noqa: S603 - a compiler of this machine, no shell
+        except subprocess.TimeoutExpired:
+            raise NotBuiltError(f"{compiler} took more than {_SECONDS} seconds") from None
+        except OSError as error:
+            raise NotBuiltError(f"{compiler} does not run: {error}") from error
+        if done.returncode == 0:
+            return
+        message = (done.stderr or done.stdout).strip()[-1000:]
+    raise NotBuiltError(f"{compiler} failed: {message}")
+
+
+def _share_threads(library: ctypes.CDLL) -> None:
+    """Hands torch's OpenMP runtime to the library, which runs on one thread without."""
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    # a lookup by this handle searches what torch is linked with; LLVM's and Intel's runtimes have the names too
+    with contextlib.suppress(OSError, AttributeError):
+        runtime = ctypes.CDLL(str(path))
+        names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+        library.modicum_use_threads(*(ctypes.cast(getattr(runtime, name), ctypes.c_void_p) for name in names))
