@@ -15,6 +15,7 @@ import gc
 import json
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -233,15 +234,87 @@ def training(repeats: int, small: bool) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
+def openvino(repeats: int, small: bool) -> dict[str, Any]:
+    """Generation with the OpenVINO export of the merged model: its default, and with inputs left as they are."""
+    import numpy as np
+    import openvino as ov
+    from transformers import AutoTokenizer
+
+    from modicum.compress.export import export_model
+    from modicum.models.embedded import path
+
+    dense = dense_model(22, small)
+    ids = torch.randint(0, 32000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "out"
+        merged = low_bit(dense_model(22, small), merged=True)
+        export_model(merged, AutoTokenizer.from_pretrained(path()), target, "openvino")
+        del merged
+        gc.collect()
+        plain = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        settings = {"default": plain, "exact": {**plain, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}}
+        core = ov.Core()
+        requests = {
+            name: core.compile_model(target / "openvino_model.xml", "CPU", values).create_infer_request()
+            for name, values in settings.items()
+        }
+    past = dict.fromkeys(requests, 0)
+    state: list[Any] = [None, None]
+
+    def torch_prefill() -> None:
+        output = dense(ids, use_cache=True, logits_to_keep=1)
+        state[:] = output.past_key_values, output.logits.argmax(-1)
+
+    def torch_decode() -> None:
+        output = dense(state[1], past_key_values=state[0], use_cache=True)
+        state[:] = output.past_key_values, output.logits.argmax(-1)
+
+    def infer(name: str, tokens: np.ndarray) -> None:
+        start, stop = past[name], past[name] + tokens.shape[1]
+        requests[name].infer(
+            {
+                "input_ids": tokens,
+                "attention_mask": np.ones((1, stop), np.int64),
+                "position_ids": np.arange(start, stop)[None],
+                "beam_idx": np.zeros(1, np.int32),
+            }
+        )
+        past[name] = stop
+
+    def prefill(name: str) -> None:
+        requests[name].reset_state()
+        past[name] = 0
+        infer(name, ids.numpy())
+
+    first = taken_in_turn(
+        {"bf16": torch_prefill, **{n: (lambda n=n: prefill(n)) for n in requests}}, repeats
+    )
+    then = taken_in_turn(
+        {"bf16": torch_decode, **{n: (lambda n=n: infer(n, ids[:, :1].numpy())) for n in requests}}, 6 * repeats
+    )
+    return {
+        name: {
+            "decode_tokens_per_second": 1 / median(then[name]),
+            "decode_against_bf16": median(then["bf16"]) / median(then[name]),
+            "prefill_tokens_per_second": PROMPT / median(first[name]),
+            "prefill_against_bf16": median(first["bf16"]) / median(first[name]),
+            "decode_seconds": then[name],
+            "prefill_seconds": first[name],
+        }
+        for name in first
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="small shapes, nothing written")
-    parser.add_argument("--only", choices=("switch", "generation", "training"))
+    parser.add_argument("--only", choices=("switch", "generation", "openvino", "training"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    parts = {"switch": switch, "generation": generation, "training": training}
+    parts = {"switch": switch, "generation": generation, "openvino": openvino, "training": training}
     found: dict[str, Any] = {}
     for name, measure in parts.items():
         if arguments.only in (None, name):
