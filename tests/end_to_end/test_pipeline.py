@@ -25,13 +25,15 @@ def recipe(tmp_path):
     values["quantize"] = {"bits": 4, "group_size": 16, "algorithm": "rtn", "evaluate": False}
     values["method"] = {"name": "qa_lora", "r": 2, "pool": 16}
     values["merge"] = {}
+    values["export"] = ["onnx"]
     values["data"]["test"] = values["data"]["validation"]
     file = tmp_path / "r.yaml"
     file.write_text(yaml.safe_dump(values))
     return file
 
 
-def test_quantize_tune_merge_measure_and_again(recipe):
+def test_quantize_tune_merge_export_measure_and_again(recipe):
+    pytest.importorskip("onnxruntime", reason="needs the extra modicum[export]")
     alone = modicum("tune", "--config", recipe)
     assert alone.returncode == 1
     assert "modicum run --config" in alone.stderr
@@ -42,6 +44,7 @@ def test_quantize_tune_merge_measure_and_again(recipe):
     assert report["merge"]["exact"]
     assert report["merge"]["report"]["effect"] > 1e-3
     assert report["merge"]["bits_after"] == 7.0
+    assert report["export"]["onnx"]["max_weight_error"] == 0
     measured = report["measure"]
     for name, value in measured["adapted"].items():
         assert measured["merged"][name]["value"] == pytest.approx(value["value"], rel=1e-4), name
@@ -51,7 +54,7 @@ def test_quantize_tune_merge_measure_and_again(recipe):
     assert "--resume" in json.loads(again.stdout)["error"]
     kept = modicum("run", "--config", recipe, "--json", "--resume", "train.learning_rate=0.05")
     assert kept.returncode == 0, kept.stderr
-    assert set(json.loads(kept.stdout)["reused"]) == {"base", "tune", "merge"}
+    assert set(json.loads(kept.stdout)["reused"]) == {"base", "tune", "merge", "onnx"}
     assert json.loads(kept.stdout)["measure"] == measured
     other = modicum("run", "--config", recipe, "--json", "--resume", "train.learning_rate=0.01")
     assert "another recipe" in json.loads(other.stdout)["error"]
