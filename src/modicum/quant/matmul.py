@@ -26,9 +26,10 @@ from modicum.quant import int4pack, native
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-#: weights dequantized at a time on a processor: few enough for its caches, many enough for the product's overhead
+#: weights that each thread dequantizes at a time: few enough for its caches, many enough for what a product costs
+#: however small it is
 PANEL = 3 << 19
-#: most weights of a panel whose products are summed: sums over panels cost more than a cache saves when rows are many
+#: most weights of a panel; more would take more memory than they save time
 LARGEST_PANEL = 1 << 24
 #: layers below this many weights are not worth waiting for a compiler
 _WORTH_COMPILING = 1 << 20
@@ -70,9 +71,7 @@ def _forward(
         y = y if bias is None else y.add_(bias)
         return y.view(*x.shape[:-1], codes.shape[0])
     y = rows.new_empty(len(rows), codes.shape[0])
-    for start, stop, weight in _panels(
-        x.shape[-1], PANEL, x.dtype, codes, scales, offsets, bits, (q, p), packed
-    ):
+    for start, stop, weight in _panels(x.shape[-1], 0, x.dtype, codes, scales, offsets, bits, (q, p), packed):
         if bias is None:
             torch.mm(rows, weight.T, out=y[:, start:stop])
         else:
@@ -93,10 +92,10 @@ def _input_gradient(
 ) -> Tensor:
     rows = grad.reshape(-1, grad.shape[-1])
     total: Tensor | None = None
-    # each panel adds rows x columns numbers for as many products as it has rows
-    size = min(max(PANEL, 4 * len(rows) * columns), LARGEST_PANEL)
+    # summing panels takes time for each row of the gradient, which few and large ones save
+    least = 4 * len(rows) * columns
     for start, stop, weight in _panels(
-        columns, size, grad.dtype, codes, scales, offsets, bits, (q, p), packed
+        columns, least, grad.dtype, codes, scales, offsets, bits, (q, p), packed
     ):
         part = rows[:, start:stop]
         # sums of panels are kept in float32 where the dtype is narrower
@@ -142,7 +141,7 @@ _linear.register_autograd(_backward, setup_context=_save)
 
 def _panels(
     columns: int,
-    size: int,
+    least: int,
     dtype: torch.dtype,
     codes: Tensor,
     scales: Tensor,
@@ -151,8 +150,13 @@ def _panels(
     block: tuple[int, int],
     packed: bool,
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """(first row, row after the last, weight (rows, in)) of all panels; a weight is overwritten by the next."""
+    """(first row, row after the last, weight (rows, in)) of all panels; a weight is overwritten by the next.
+
+    `least`: weights of a panel, if it would have fewer and memory allows it.
+    """
     out, q = codes.shape[0], block[0]
+    # threads wait for each other once per panel, and each has a cache
+    size = min(max(PANEL * torch.get_num_threads(), least), LARGEST_PANEL)
     step = _panel_rows(out, columns, q, size) if codes.device.type == "cpu" else out
     for start in range(0, out, step):
         stop = min(start + step, out)

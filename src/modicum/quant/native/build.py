@@ -87,7 +87,8 @@ def _key(compiler: str) -> str:
     status = Path(compiler).stat()
     parts = [compiler, str(status.st_size), str(status.st_mtime_ns), *_FLAGS, _NATIVE, _processor()]
     state = hashlib.sha256("\n".join(parts).encode())
-    state.update(SOURCE.read_bytes())
+    for path in (SOURCE, SOURCE.with_name("segments.h")):
+        state.update(path.read_bytes())
     return state.hexdigest()[:24]
 
 
