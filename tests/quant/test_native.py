@@ -237,3 +237,23 @@ def test_where_libraries_are_kept(monkeypatch, tmp_path):
     assert build.cache_folder() == tmp_path / "xdg" / "modicum" / "native"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert build.cache_folder().parts[-3:] == (".cache", "modicum", "native")
+
+
+@pytest.mark.parametrize(
+    ("rows", "out", "columns", "group"), [(1, 64, 128, 32), (3, 192, 512, 64), (2, 5000, 1408, 32)]
+)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_remainder_is_added_with_one_rounding(rows, out, columns, group, threads):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, columns, generator=generator).bfloat16()
+    rest = torch.randn(out, columns // group, generator=generator)
+    y = torch.randn(rows, out, generator=generator).bfloat16()
+    wanted = y.double() + x.double().view(rows, -1, group).sum(-1) @ rest.double().T
+    kept = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert native.add_remainder(y, x, rest)
+    finally:
+        torch.set_num_threads(kept)
+    assert ((y.double() - wanted).abs() <= 2**-8 * wanted.abs() + 1e-5).all()
+    assert not native.add_remainder(y, x, rest.half())

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from modicum.ops.affine import Grid, decode
+from modicum.quant import native
 
 #: rows (tokens) up to which the kernel beats dequantizing and a dense product; measured, see the benchmarks
 FEW_ROWS = 16
@@ -75,7 +76,7 @@ def few_rows(x: Tensor, codes: Tensor, pair: Tensor, rest: Tensor | None) -> Ten
     """The product x ŵᵀ for bfloat16 x (rows, in), shape (rows, out)."""
     group = x.shape[1] // pair.shape[0]
     y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, group, pair)  # noqa: SLF001 - no public name
-    if rest is None:
+    if rest is None or native.add_remainder(y, x, rest):
         return y
     sums = x.view(x.shape[0], -1, group).sum(-1, dtype=torch.float32)
     return y.add_(F.linear(sums, rest))

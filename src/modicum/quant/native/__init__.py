@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 #: weights below which waking other threads takes longer than the work
 _WORTH_THREADS = 1 << 16
+#: remainders below which it does not pay either
+_WORTH_REMAINDER = 1 << 16
 
 _lock = threading.Lock()
 
@@ -97,6 +99,23 @@ def dequantize_int4(codes: Tensor, pair: Tensor, rest: Tensor | None, start: int
     if not fits:
         raise _mismatch(codes, pair, rest, out)
     _run("modicum_runs", codes, pair, rest, out, start=start, group=group, repeat=total, bits=4)
+
+
+def add_remainder(y: Tensor, x: Tensor, rest: Tensor) -> bool:
+    """Adds Σ_g rest[:, g] · (sum of the inputs of group g) to y (rows, out) in place; False if it could not.
+
+    `x` (rows, in) and `y` bfloat16, `rest` (out, groups) float32, all contiguous; one rounding of each sum.
+    """
+    library, _ = _library()
+    rows, columns = x.shape
+    out, groups = rest.shape
+    usable = x.is_contiguous() and y.is_contiguous() and rest.is_contiguous()
+    if library is None or not usable or rest.dtype != torch.float32:
+        return False
+    threads = torch.get_num_threads() if rows * rest.numel() >= _WORTH_REMAINDER else 1
+    pointers = x.data_ptr(), None, rest.data_ptr(), y.data_ptr()
+    job = _Job(*pointers, 0, out, columns, columns // groups, rows, 4, 0, 0, 1, threads)
+    return library.modicum_remainder(ctypes.byref(job)) == 0
 
 
 def _run(

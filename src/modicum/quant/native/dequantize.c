@@ -136,6 +136,44 @@ RUNS(FLOAT32)
 RUNS(BFLOAT16)
 RUNS(FLOAT16)
 
+/* ---- what bfloat16 offsets lack, for few rows of inputs ---- */
+
+#define MOST_GROUPS 1024
+#define LANES 16 /* sums side by side, which compilers may not introduce themselves */
+
+INLINE float added(const float *lanes) {
+    float eight[8], four[4];
+    for (int lane = 0; lane < 8; lane++) eight[lane] = lanes[lane] + lanes[lane + 8];
+    for (int lane = 0; lane < 4; lane++) four[lane] = eight[lane] + eight[lane + 4];
+    return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+/* Adds (sums of the inputs of each group) x (remainders, row by row) to some columns of the bfloat16 result. */
+static void remainder_columns(const job *work, int64_t start, int64_t stop) {
+    const int64_t groups = work->columns / work->group;
+    const float *rest = (const float *)work->offsets;
+    float sums[MOST_GROUPS];
+    for (int64_t row = 0; row < work->repeat; row++) {
+        const uint16_t *x = (const uint16_t *)work->codes + row * work->columns;
+        uint16_t *y = (uint16_t *)work->out + row * work->rows;
+        for (int64_t group = 0; group < groups; group++) {
+            float lanes[LANES] = {0};
+            for (int64_t at = group * work->group; at < (group + 1) * work->group; at += LANES)
+                for (int lane = 0; lane < LANES; lane++) lanes[lane] += as_float((uint32_t)x[at + lane] << 16);
+            sums[group] = added(lanes);
+        }
+        for (int64_t column = start; column < stop; column++) {
+            const float *mine = rest + column * groups;
+            float lanes[LANES] = {0};
+            int64_t group = 0;
+            for (; group + LANES <= groups; group += LANES)
+                for (int lane = 0; lane < LANES; lane++) lanes[lane] += sums[group + lane] * mine[group + lane];
+            for (int lane = 0; group + lane < groups; lane++) lanes[lane] += sums[group + lane] * mine[group + lane];
+            y[column] = narrowed_brain(as_float((uint32_t)y[column] << 16) + added(lanes));
+        }
+    }
+}
+
 /* ---- threads: those of the OpenMP runtime that the caller already uses ---- */
 
 typedef void parallel(void (*)(void *), void *, unsigned, unsigned);
@@ -182,6 +220,13 @@ int modicum_rows(const job *work) {
     const int which = work->bits == 8 ? 3 : work->bits - 2;
     if (which < 0 || which > 3 || work->out_kind < FLOAT32 || work->out_kind > FLOAT16) return 1;
     shared_out(work, table[which][work->out_kind], work->rows);
+    return 0;
+}
+
+/* `codes` holds `repeat` rows of bfloat16 inputs, `out` the result (repeat, rows), `offsets` the remainders. */
+int modicum_remainder(const job *work) {
+    if (work->group % LANES || work->columns / work->group > MOST_GROUPS) return 1;
+    shared_out(work, remainder_columns, work->rows);
     return 0;
 }
 
