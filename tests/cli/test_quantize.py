@@ -47,6 +47,16 @@ def test_a_plan_then_the_model(text, tmp_path, capsys):
     assert type(model.model.layers[0].mlp.down_proj) is torch.nn.Linear
 
 
+def test_the_head_is_asked_for(text, tmp_path, capsys):
+    for more, layers in (([], 14), (["--head"], 15)):
+        plan = run(capsys, *words(text, tmp_path / "q", "--algorithm", "mse", *more, "--dry-run", "--json"))
+        assert plan.json["options"]["head"] is bool(more)
+        assert len(plan.json["layers"]) == layers
+    refused = run(capsys, *words(text, tmp_path / "q", "--algorithm", "nf4", "--head"))
+    assert refused.code == 1
+    assert "keeps the output head in full precision" in refused.err
+
+
 def test_the_table(text, tmp_path, capsys):
     shown = run(capsys, *words(text, tmp_path / "q", "--algorithm", "mse", "--block", "8x4"))
     assert shown.code == 0, shown.err

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +20,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tests import models_for_tests as models
 from tests import small_checkpoints as small
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from tests.compress import export_cases
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import modicum  # noqa: F401 - registers the format
 from modicum.compress.calibration import evaluation_sequences, text_sequences
+from modicum.compress.export import export_model, formats
+from modicum.compress.import_quantized import import_quantized
 from modicum.compress.quantize import quantize_model
 from modicum.compress.quantize_report import QuantizeOptions
 from modicum.compress.source import Source
@@ -32,6 +42,7 @@ from modicum.errors import ConfigError, CorruptAdapterError
 from modicum.ops.affine import decode, encode, fit_grid, pack, unpack
 from modicum.ops.gptq import Hessian, gptq
 from modicum.quant.affine import AffineLinear
+from modicum.quant.huggingface import dense_linear
 
 LENGTH = 24
 #: both dimensions of the small models (32 and 48) are multiples
@@ -355,14 +366,16 @@ def test_families_of_decoders(family, options, text, tmp_path):
         if key.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.3)
     folder = saved(model, tmp_path / "model")
-    report = quantize_model(str(folder), tmp_path / "q", with_gptq(options, text))
+    # opt, gemma2 and bloom tie it
+    head = not config.tie_word_embeddings
+    report = quantize_model(str(folder), tmp_path / "q", with_gptq(options, text, head=head))
     assert report.perplexity_before == pytest.approx(perplexity(folder, text), rel=1e-4)
     assert report.perplexity_after == pytest.approx(perplexity(tmp_path / "q", text), rel=1e-4)
     assert report.perplexity_after != pytest.approx(report.perplexity_before, rel=1e-4)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "q")
     found = [name for name, module in loaded.named_modules() if isinstance(module, AffineLinear)]
     assert found == [layer.name for layer in report.layers]
-    assert not any(name.endswith("lm_head") for name in found)
+    assert (loaded.get_output_embeddings() is loaded.get_submodule(found[-1])) == head
 
 
 def test_a_sharded_bfloat16_checkpoint_with_tied_embeddings(options, text, tmp_path):
@@ -379,6 +392,149 @@ def test_a_sharded_bfloat16_checkpoint_with_tied_embeddings(options, text, tmp_p
     assert stored["model.embed_tokens.weight"].dtype == torch.bfloat16
     assert "lm_head.weight" not in stored
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype="auto").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"algorithm": "gptq"},
+        {"algorithm": "gptq", "block": (1, 8), "evaluate": False, "eval_text": None},
+        {"algorithm": "mse", "bits": 2, "zero_point": "none"},
+        {"evaluate": False, "eval_text": None, "zero_point": "integer"},
+    ],
+    ids=str,
+)
+def test_the_head_too(chosen, options, text, tmp_path):
+    calibration = (text,) if chosen.get("algorithm") == "gptq" else ()
+    options, model = dataclasses.replace(options, **chosen, calibration=calibration), str(small.llama())
+    without = quantize_model(model, tmp_path / "without", options)
+    options = dataclasses.replace(options, head=True)
+    plan = quantize_model(model, tmp_path / "q", options, dry_run=True)
+    report = quantize_model(model, tmp_path / "q", options)
+    head, original, stored = report.layers[-1], tensors_of(small.llama()), tensors_of(tmp_path / "q")
+    assert [layer.name for layer in plan.layers] == [layer.name for layer in report.layers]
+    assert (head.name, head.shape, len(report.layers)) == ("lm_head", (101, 32), 15)
+    assert plan.bytes_after == report.bytes_after == sum(tensor.nbytes for tensor in stored.values())
+    assert report.quantized_weights == without.quantized_weights + 101 * 32
+    assert report.bits_per_weight == pytest.approx(without.bits_per_weight)
+    assert "lm_head.weight" not in stored
+    # nothing else of the model depends on it
+    others = tensors_of(tmp_path / "without")
+    assert all(torch.equal(stored[key], others[key]) for key in others if not key.startswith("lm_head"))
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    assert config["quantization_config"]["modules_to_not_convert"] == []
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)
+    assert isinstance(loaded.lm_head, AffineLinear)
+    value, weight = loaded.lm_head.dequantized(), original["lm_head.weight"]
+    assert head.weight_error == pytest.approx(float((value - weight).norm() / weight.norm()), rel=1e-4)
+    if options.evaluate:
+        assert report.perplexity_before == without.perplexity_before
+        assert report.perplexity_after == pytest.approx(perplexity(tmp_path / "q", text), rel=1e-5)
+        assert report.perplexity_after != pytest.approx(without.perplexity_after, rel=1e-4)
+    # where text runs, the error of the outputs is measured on it
+    assert (head.output_error is not None) == (options.evaluate or options.algorithm == "gptq")
+
+
+def test_the_head_is_fitted_to_what_the_final_norm_gives(options, text, tmp_path):
+    quantize_model(str(small.llama()), tmp_path / "q", with_gptq(options, text, head=True))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32).eval()
+    hessian = Hessian(32)
+    loaded.lm_head.register_forward_pre_hook(lambda _m, args: hessian.add(args[0]))
+    with torch.no_grad():
+        loaded(input_ids=text_sequences([text], small.tokenizer(), 12, LENGTH).ids)
+    weight = tensors_of(small.llama())["lm_head.weight"]
+    want = gptq(weight, hessian.matrix(), 3, (1, GROUP), offset_dtype=torch.bfloat16)
+    assert (loaded.lm_head.unpacked_codes() == want.codes).float().mean() > 0.98
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_run_cut_before_or_behind_the_head_goes_on(step, options, text, tmp_path):
+    options = with_gptq(options, text, head=True)
+    whole = quantize_model(str(small.llama()), tmp_path / "whole", options)
+    with pytest.raises(Stop):
+        quantize_model(str(small.llama()), tmp_path / "q", options, progress=stop_at(step))
+    with pytest.raises(ConfigError, match="head was True, is False"):
+        quantize_model(
+            str(small.llama()), tmp_path / "q", dataclasses.replace(options, head=False), resume=True
+        )
+    resumed = quantize_model(str(small.llama()), tmp_path / "q", options, resume=True)
+    assert files_of(tmp_path / "q") == files_of(tmp_path / "whole")
+    assert resumed.perplexity_after == whole.perplexity_after
+
+
+def test_a_quantized_head_generates_is_saved_and_left_out_by_classifiers(options, tmp_path):
+    quantize_model(str(small.llama()), tmp_path / "q", dataclasses.replace(options, bits=4, head=True))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32).dequantize()
+    assert type(dense.lm_head) is torch.nn.Linear
+    ids = torch.arange(4, 16).view(1, 12)
+    written = model.generate(ids, max_new_tokens=8, do_sample=False)
+    assert torch.equal(written, dense.generate(ids, max_new_tokens=8, do_sample=False))
+    model.save_pretrained(tmp_path / "again")
+    a, b = tensors_of(tmp_path / "q"), tensors_of(tmp_path / "again")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.bfloat16).eval()
+    assert half.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 16)
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "q", dtype=torch.float32)
+    assert isinstance(classifier.model.layers[0].mlp.up_proj, AffineLinear)
+    with torch.no_grad():
+        want = model.model(ids).last_hidden_state
+        assert torch.equal(classifier.model(ids).last_hidden_state, want)
+
+
+@pytest.mark.parametrize("fmt", formats())
+def test_a_quantized_head_is_exported(fmt, options, tmp_path):
+    if fmt in ("gguf", "onnx", "openvino"):
+        pytest.importorskip(fmt, reason=f"{fmt} is not installed")
+    model: Any = LlamaForCausalLM(LlamaConfig(**export_cases.SIZES))
+    model.save_pretrained(tmp_path / "model")
+    export_cases.tokenizer().save_pretrained(tmp_path / "model")
+    chosen = dataclasses.replace(
+        options, bits=4, group_size=32, zero_point="integer", head=True, evaluate=False, eval_text=None
+    )
+    quantize_model(str(tmp_path / "model"), tmp_path / "q", chosen)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)
+    codes = export_model(loaded, export_cases.tokenizer(), tmp_path / "out", fmt)
+    loaded.set_submodule("lm_head", dense_linear(loaded.lm_head, torch.float32))
+    dense = export_model(loaded, export_cases.tokenizer(), tmp_path / "dense", fmt)
+    assert codes.exact
+    # codes take a byte per weight less than any dense type, at least
+    saved_bytes = sum(dense.files.values()) - sum(codes.files.values())
+    assert saved_bytes > export_cases.VOCABULARY * export_cases.SIZES["hidden_size"]
+
+
+def test_a_tied_head_is_refused_with_a_way_out_that_works(options, text, tmp_path):
+    config = AutoModelForCausalLM.from_pretrained(small.llama()).config
+    config.tie_word_embeddings = True
+    model = AutoModelForCausalLM.from_config(config)
+    folder, chosen = saved(model, tmp_path / "tied"), dataclasses.replace(options, head=True)
+    with pytest.raises(ConfigError, match=r"lm_head is tied to the embedding.*untie it.*save_pretrained"):
+        quantize_model(str(folder), tmp_path / "q", chosen)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    untied = saved(model, tmp_path / "untied")
+    report = quantize_model(str(untied), tmp_path / "q", chosen)
+    assert report.layers[-1].name == "lm_head"
+    assert report.perplexity_before == pytest.approx(perplexity(folder, text), rel=1e-5)
+    assert report.perplexity_after == pytest.approx(perplexity(tmp_path / "q", text), rel=1e-5)
+
+
+def test_models_without_a_vocabulary_to_predict_have_no_head(options, tmp_path):
+    folder = saved(models.bert(), tmp_path / "model")
+    chosen = dataclasses.replace(options, algorithm="mse", bits=8, eval_text=None, head=True)
+    with pytest.raises(ConfigError, match="has no output head over a vocabulary; leave --head out"):
+        quantize_model(str(folder), tmp_path / "q", chosen)
+
+
+def test_unfinished_runs_that_cannot_go_on_do_not_say_so(tmp_path):
+    (tmp_path / "q.partial").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    with pytest.raises(
+        ConfigError, match="unfinished run; start anew with --overwrite, or delete it"
+    ) as caught:
+        import_quantized(tmp_path / "model", tmp_path / "q")
+    assert "--resume" not in str(caught.value)
 
 
 def test_large_models_are_written_in_shards(options, tmp_path):
@@ -526,6 +682,13 @@ def test_what_is_quantized_already_is_refused(options, tmp_path):
         ),
         ({"evaluate": False}, "an evaluation text without evaluation"),
         ({"exclude": (".*",)}, "no linear layer is left"),
+        ({"head": True, "exclude": ("lm_head",)}, "--head asks for lm_head, --exclude leaves it out"),
+        (
+            {"head": True, "block": (8, 4)},
+            r"blocks of 8 outputs do not divide lm_head \(101\); .*or leave --head out",
+        ),
+        ({"head": True, "algorithm": "nf4"}, "nf4 .* keeps the output head in full precision; gptq, mse and"),
+        ({"head": True, "algorithm": "int8"}, "int8 .* keeps the output head in full precision"),
     ],
 )
 def test_options_that_contradict(chosen, said, options, tmp_path):
@@ -551,7 +714,7 @@ def test_one_layer_is_in_memory_at_a_time():
                 stack.advance(index, hidden)
         with torch.no_grad():
             loss = float(want(ids, labels=ids).loss)
-        assert stack.loss(ids, hidden)[0] == pytest.approx(loss, rel=1e-5)
+        assert stack.loss(ids, hidden) == pytest.approx(loss, rel=1e-5)
         assert all(parameter.is_meta for parameter in stack.model.parameters())
 
 

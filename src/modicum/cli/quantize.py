@@ -19,8 +19,7 @@ def run(  # long: one line or three for each option
     ] = None,
     zero_point: Annotated[str, typer.Option(help="float, integer or none (symmetric).")] = "float",
     algorithm: Annotated[
-        str,
-        typer.Option(help="rtn, mse (clipped) or gptq; nf4 and int8 are those of bitsandbytes."),
+        str, typer.Option(help="rtn, mse (clipped) or gptq; nf4 and int8 are those of bitsandbytes.")
     ] = "gptq",
     clip: Annotated[
         str, typer.Option(help="gptq: grids cover the range (minmax) or have the least error (mse).")
@@ -43,6 +42,7 @@ def run(  # long: one line or three for each option
     offset_dtype: Annotated[
         str | None, typer.Option(help="bfloat16 unless set; float32 for integer zero-points.")
     ] = None,
+    head: Annotated[bool, typer.Option("--head", help="The output head too, if it is not tied.")] = False,
     exclude: Annotated[
         list[str] | None, typer.Option(help="Layers that stay as they are: name endings, a regex.")
     ] = None,
@@ -53,7 +53,7 @@ def run(  # long: one line or three for each option
 ) -> None:
     """Write MODEL with quantized linear layers as a folder that `from_pretrained` loads.
 
-    Embeddings and the output head stay as they are. One decoder layer is in memory at a time.
+    Embeddings stay as they are, and the output head unless --head is given. One decoder layer is in memory at a time.
     """
     from modicum.compress.quantize import quantize_model
     from modicum.compress.quantize_report import QuantizeOptions, parse_block
@@ -69,6 +69,7 @@ def run(  # long: one line or three for each option
         double_quant=double_quant,
         scale_dtype=scale_dtype,
         offset_dtype=offset_dtype,
+        head=head,
         exclude=tuple(exclude or ()),
         calibration=tuple(calibration or ()),
         sequences=sequences,

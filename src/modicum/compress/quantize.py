@@ -2,7 +2,8 @@
 
 Causal language models are streamed (`streaming.Stack`): the calibration sequences pass through the layers that
 are quantized already, so that each layer is fitted to the inputs it will meet; the evaluation text runs in two
-streams, one through the original layers and one through the quantized ones. Other models, and runs that need no
+streams, one through the original layers and one through the quantized ones. The output head, where it is asked
+for, is fitted to what comes out behind the last layer. Other models, and runs that need no
 text, go matrix by matrix. Finished layers are kept beside the output (`work.Work`), from where a run resumes.
 """
 
@@ -34,7 +35,7 @@ from modicum.compress.streaming import Stack, watching
 from modicum.compress.work import Work
 from modicum.compress.writing import write_folder
 from modicum.errors import ConfigError, ModicumError
-from modicum.ops.affine import Grid, decode, encode, fit_grid, pack
+from modicum.ops.affine import Grid, decode, encode, fit_grid, pack, unpack
 from modicum.ops.gptq import Hessian, gptq
 from modicum.quant.huggingface import AffineConfig
 from modicum.quant.spec import DTYPES
@@ -71,7 +72,7 @@ def quantize_model(
     options, work = options or QuantizeOptions(), Work(Path(output).expanduser())
     foreign = options.algorithm in FOREIGN
     faults = options.faults() + (faults_of(options) if foreign else [])
-    fault = work.fault(resume=resume and not foreign, overwrite=overwrite)
+    fault = work.fault(resume=resume and not foreign, overwrite=overwrite, resumable=not foreign)
     faults += [fault] if fault else []
     try:
         source = Source(model)
@@ -145,17 +146,20 @@ class _Job:
         self.progress(following, total, "")
         for index in range(following, total):
             unit = self.plan.units[index]
-            with stack.layer(index) as layer:
-                self._layer(index, layer, stack, streams)
+            if index < len(stack.names):
+                with stack.layer(index) as layer:
+                    self._layer(index, layer, stack, streams)
+            else:
+                self._head(unit, stack, streams)
             self.work.save(_STREAMS, streams, index + 1)
             self.progress(index + 1, total, unit.label)
         if texts.evaluation is None:
             return {}
         ids = texts.evaluation.ids
-        before, after = stack.loss(ids, streams["original"], streams["quantized"])
+        head = self._stored_weight(self.plan.units[-1]) if total > len(stack.names) else None
         return {
-            "perplexity_before": perplexity(before),
-            "perplexity_after": perplexity(after),
+            "perplexity_before": perplexity(stack.loss(ids, streams["original"])),
+            "perplexity_after": perplexity(stack.loss(ids, streams["quantized"], head)),
             "evaluation_tokens": ids.shape[0] * (ids.shape[1] - 1),
         }
 
@@ -177,6 +181,32 @@ class _Job:
             with watching(layer, list(inside) if number == 0 else [], errors.see):
                 stack.advance(index, streams[name])
         self._keep(unit.name, done, errors.relative())
+
+    def _head(self, unit: Unit, stack: Stack, streams: dict[str, Tensor]) -> None:
+        """Quantize the output head; its inputs are what the final norm makes of the finished hidden states."""
+        (linear,), texts = unit.linears, self.plan.texts
+        hessians, module = _Hessians(), stack.model.get_submodule(linear.name)
+        if texts.calibration is not None:
+            with watching(stack.model, [linear.name], hessians.see):
+                stack.loss(texts.calibration.ids, streams["calibration"])
+        done = {linear: self._quantized(linear, hessians.take(linear.name), module)}
+        errors = _OutputErrors(self.source, stack.model, {linear.name: linear})
+        text, hidden = (
+            texts.evaluation or texts.calibration,
+            streams.get("quantized", streams.get("calibration")),
+        )
+        if text is not None and hidden is not None:
+            few = -(-_MEASURED // text.ids.shape[1])
+            with watching(stack.model, [linear.name], errors.see):
+                stack.loss(text.ids[:few], hidden, module.weight)
+        self._keep(unit.name, done, errors.relative())
+
+    def _stored_weight(self, unit: Unit) -> Tensor:
+        """The weight that the only layer of a finished unit has."""
+        (linear,), spec, stored = unit.linears, self.options.spec, self.work.tensors(unit.name)
+        grid = Grid(stored[f"{linear.stored}.scales"], stored.get(f"{linear.stored}.offsets"))
+        codes = unpack(stored[f"{linear.stored}.codes"], spec.bits, linear.shape[1])
+        return decode(codes, grid, spec.bits, spec.block)
 
     def _quantized(
         self, linear: Linear, hessian: Tensor | None, module: nn.Module | None = None

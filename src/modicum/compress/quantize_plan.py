@@ -16,7 +16,7 @@ from modicum.compress.calibration import (
     text_sequences,
 )
 from modicum.compress.quantize_report import LayerReport, QuantizeOptions
-from modicum.compress.streaming import layer_names
+from modicum.compress.streaming import head_name, layer_names
 from modicum.errors import ModicumError, TargetError, listing
 from modicum.models.architecture import linear_shapes, parse_targets
 from modicum.models.checkpoint import layer_shapes
@@ -78,7 +78,7 @@ class Plan:
         plan = cls(
             options, linears, _units(linears, stack if streamed else []), dense, streamed, faults=faults
         )
-        plan.faults += _faults_of_shapes(linears, options)
+        plan.faults += _faults_of_shapes(linears, options, head_name(source.model))
         if not stack:
             kind = type(source.model).__name__
             if options.algorithm == "gptq":
@@ -161,6 +161,8 @@ def _chosen(source: Source, options: QuantizeOptions, faults: list[str]) -> tupl
             excluded |= set(linear_shapes(model, parse_targets([pattern])))
         except TargetError as error:
             faults.append(f"exclude: {error}")
+    if options.head:
+        inside |= _head(model, every, excluded, faults)
     chosen = [name for name in every if name in inside - excluded]
     transposed = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
     if transposed and not chosen:
@@ -173,16 +175,41 @@ def _chosen(source: Source, options: QuantizeOptions, faults: list[str]) -> tupl
     return chosen, [name for name in every if name not in set(chosen)]
 
 
+def _head(model: Any, every: list[str], excluded: set[str], faults: list[str]) -> set[str]:
+    """The name of the output head, alone in a set; empty where it cannot be quantized."""
+    head, tied = head_name(model), getattr(model, "all_tied_weights_keys", None) or {}
+    if head not in every:
+        faults.append(
+            f"head: {type(model).__name__} has no output head over a vocabulary; leave --head out"
+            if head is None
+            else f"head: {head} is no plain nn.Linear; leave --head out"
+        )
+    elif f"{head}.weight" in {*tied, *tied.values()}:
+        faults.append(
+            f"head: {head} is tied to the embedding, which has to stay as it is. Leave --head out, or untie it in a "
+            f"copy of the model: {head}.weight = nn.Parameter({head}.weight.detach().clone()), tie_word_embeddings = "
+            "false in its configuration, save_pretrained"
+        )
+    elif head in excluded:
+        faults.append(f"--head asks for {head}, --exclude leaves it out; drop one of them")
+    else:
+        return {head}
+    return set()
+
+
 def _units(linears: list[Linear], stack: list[str]) -> list[Unit]:
     if not stack:
         return [Unit(f"matrix-{index:05d}", linear.name, [linear]) for index, linear in enumerate(linears)]
-    return [
+    units = [
         Unit(f"layer-{index:05d}", name, [linear for linear in linears if linear.name.startswith(f"{name}.")])
         for index, name in enumerate(stack)
     ]
+    # what is behind the layers: the output head, where it was asked for
+    inside = {linear.name for unit in units for linear in unit.linears}
+    return units + [Unit("head", linear.name, [linear]) for linear in linears if linear.name not in inside]
 
 
-def _faults_of_shapes(linears: list[Linear], options: QuantizeOptions) -> list[str]:
+def _faults_of_shapes(linears: list[Linear], options: QuantizeOptions, head: str | None) -> list[str]:
     """The layers that the blocks do not divide, and the sizes that would divide all."""
     faults = []
     for axis, (size, what) in enumerate(zip(options.spec.block, ("outputs", "inputs"), strict=True)):
@@ -191,8 +218,11 @@ def _faults_of_shapes(linears: list[Linear], options: QuantizeOptions) -> list[s
         wrong = [f"{linear.name} ({linear.shape[axis]})" for linear in linears if linear.shape[axis] % size]
         if wrong:
             fitting = divisors(math.gcd(*(linear.shape[axis] for linear in linears)))
+            # the head is left out by not asking for it
+            others = any(linear.name != head and linear.shape[axis] % size for linear in linears)
+            out = "leave those layers out with --exclude" if others else "leave --head out"
             faults.append(
                 f"{'groups' if axis else 'blocks'} of {size} {what} do not divide {listing(wrong, 3)}; sizes that "
-                f"divide all layers: {fitting}; or leave those layers out with --exclude"
+                f"divide all layers: {fitting}; or {out}"
             )
     return faults

@@ -44,6 +44,8 @@ class QuantizeOptions:
     scale_dtype: str = "bfloat16"
     #: bfloat16, or float32 for integer zero-points, when unset
     offset_dtype: str | None = None
+    #: whether the output head is quantized too (causal language models whose head is not the embedding)
+    head: bool = False
     #: layers that stay as they are: name endings or regular expressions
     exclude: tuple[str, ...] = ()
     #: gptq: text files to calibrate on; the bundled task without
@@ -84,6 +86,11 @@ class QuantizeOptions:
             faults.append(f"act_order is an option of gptq, not of {self.algorithm}")
         if self.calibration and self.algorithm != "gptq":
             faults.append(f"{self.algorithm} needs no calibration text, gptq does")
+        if self.head and self.algorithm in FOREIGN:
+            faults.append(
+                f"head: {self.algorithm} is bitsandbytes' own format, which keeps the output head in full precision; "
+                "gptq, mse and rtn quantize it"
+            )
         if not 0 <= self.damping < math.inf:
             faults.append(f"damping = {self.damping}, must be at least 0")
         for name, least in (("sequences", 1), ("sequence_length", 2), ("eval_sequences", 0)):
@@ -145,7 +152,7 @@ class QuantizationReport:
     options: dict[str, Any]
     #: bits per quantized weight: codes, scales and offsets
     bits_per_weight: float
-    #: numbers that were quantized, and that stay as they are (embeddings, head, norms, biases)
+    #: numbers that were quantized, and that stay as they are (embeddings, norms, biases, the head unless asked for)
     quantized_weights: int
     kept_weights: int
     #: bytes of all weights

@@ -35,6 +35,12 @@ def layer_names(model: nn.Module) -> list[str]:
     return []
 
 
+def head_name(model: Any) -> str | None:
+    """The name of the output head of a causal language model, None for other models."""
+    head = model.get_output_embeddings() if layer_names(model) else None
+    return next((name for name, module in model.named_modules() if module is head), None)
+
+
 class Stack:
     """The decoder layers of a source. Sequences go through one at a time, in float32."""
 
@@ -90,25 +96,28 @@ class Stack:
                 hidden[row : row + 1] = result if self._rest is None else result[0]
 
     @torch.no_grad()
-    def loss(self, ids: Tensor, *streams: Tensor) -> list[float]:
-        """The mean negative log-likelihood of the next token, of each stream of hidden states behind the last layer."""
-        sums = [0.0] * len(streams)
-        with self._outside():
+    def loss(self, ids: Tensor, hidden: Tensor, head: Tensor | None = None) -> float:
+        """The mean negative log-likelihood of the next token, from the hidden states behind the last layer.
+
+        `head` is a weight in place of the output head's own.
+        """
+        total = 0.0
+        with self._outside(head):
             for row in range(len(ids)):
-                for number, hidden in enumerate(streams):
-                    finished = hidden[row : row + 1]
-                    with self._instead(lambda _i, _h, _a, _k, done=finished: done):
-                        logits = self.model(input_ids=ids[row : row + 1], use_cache=False).logits
-                    sums[number] += float(
-                        F.cross_entropy(logits[0, :-1].float(), ids[row, 1:], reduction="sum")
-                    )
-        tokens = ids.shape[0] * (ids.shape[1] - 1)
-        return [total / tokens for total in sums]
+                finished = hidden[row : row + 1]
+                with self._instead(lambda _i, _h, _a, _k, done=finished: done):
+                    logits = self.model(input_ids=ids[row : row + 1], use_cache=False).logits
+                total += float(F.cross_entropy(logits[0, :-1].float(), ids[row, 1:], reduction="sum"))
+        return total / (ids.shape[0] * (ids.shape[1] - 1))
 
     @contextlib.contextmanager
-    def _outside(self) -> Iterator[None]:
-        """Everything but the decoder layers, with its weights."""
-        self.source.fill(self.model, "", skip=tuple(f"{name}." for name in self.names))
+    def _outside(self, head: Tensor | None = None) -> Iterator[None]:
+        """Everything but the decoder layers, with its weights; `head` in place of the output head's."""
+        skip = [f"{name}." for name in self.names]
+        if head is not None:
+            skip.append(f"{head_name(self.model)}.weight")
+            self.model.get_output_embeddings().weight = nn.Parameter(head, requires_grad=False)
+        self.source.fill(self.model, "", skip=tuple(skip))
         try:
             yield
         finally:

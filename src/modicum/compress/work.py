@@ -28,15 +28,14 @@ class Work:
         self.output = output
         self.folder = output.with_name(output.name + ".partial")
 
-    def fault(self, *, resume: bool, overwrite: bool) -> str | None:
-        """Why the job cannot begin, None if it can."""
+    def fault(self, *, overwrite: bool, resume: bool = False, resumable: bool = False) -> str | None:
+        """Why the job cannot begin, None if it can. `resumable`: whether jobs of its kind can go on at all."""
         if self.output.exists() and not overwrite:
             return f"{self.output} exists already; choose another name or pass --overwrite"
         if self.folder.exists() and not (resume or overwrite):
-            return (
-                f"{self.folder} holds an unfinished run; go on with --resume, start anew with --overwrite, or "
-                "delete it"
-            )
+            ways = ["go on with --resume"] if resumable else []
+            ways += ["start anew with --overwrite", "or delete it"]
+            return f"{self.folder} holds an unfinished run; {', '.join(ways)}"
         return None
 
     def begin(self, options: Mapping[str, Any], *, resume: bool) -> None:
