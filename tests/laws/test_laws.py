@@ -95,6 +95,7 @@ def test_state_holds_the_trained_numbers_and_nothing_else(case, shape):
     config = model.peft_config["default"]
     closed_form = registry.get(name).count(shape["in_features"], shape["out_features"], config.r, config)
     assert sum(value.numel() for value in state.values()) == closed_form
+    assert len(state) == registry.get(name).tensors
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == closed_form
     base = base_layer(**shape)
     other = peft.get_peft_model(base, copy.copy(config))

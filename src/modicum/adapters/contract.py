@@ -31,6 +31,8 @@ class Adapter(nn.Module, abc.ABC):
     source: ClassVar[str]
     #: the dense update in one line of plain mathematics
     formula: ClassVar[str]
+    #: how many tensors train on one layer
+    tensors: ClassVar[int] = 1
     #: (q, p) when the update is constant on q×p blocks of the weight, which folds into offsets
     block: tuple[int, int] | None = None
 

@@ -72,6 +72,8 @@ class PooledAdapter(Adapter):
 class PooledLowRank(PooledAdapter):
     """M = B A of a given inner rank; A (k, in/p) starts random, B (out/q, k) at zero; abstract."""
 
+    tensors = 2
+
     def __init__(self, site: Site, config: AdapterConfig) -> None:
         super().__init__(site, config)
         generator, rank = self.generator(config), self.inner_rank(self.rank, config)

@@ -188,7 +188,8 @@ def _folded(layer: AdapterLinear) -> nn.Module:
 @torch.no_grad()
 def _losses(pairs: Sequence[tuple[AffineLinear, AffineLinear]]) -> dict[str, float]:
     """‖rounded − kept‖ / ‖update‖ over the offsets of all layers (before, after), if they were rounded to each kind."""
-    lost, size = dict.fromkeys(("float16", "bfloat16", "integer"), 0.0), 0.0
+    lost: dict[str, float] = dict.fromkeys(("float16", "bfloat16", "integer"), 0.0)
+    size = 0.0
     for before, after in pairs:
         scales, offsets = after.grid()
         if offsets is None or after.block_offsets is not before.block_offsets:

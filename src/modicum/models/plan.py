@@ -103,7 +103,12 @@ def make_plan(
     shapes = architecture.shapes(targets)
     rows: list[PlanRow] = []
     for method in chosen:
-        counts = {rank: _count(method, architecture, shapes, rank, options or {}) for rank in ranks}
+        try:
+            counts = {rank: _count(method, architecture, shapes, rank, options or {}) for rank in ranks}
+        except TargetError:
+            if methods:
+                raise
+            continue  # a method nobody asked for may not fit
         if method == FULL or (len(counts) > 1 and len(set(counts.values())) == 1):
             counts = {None: counts[ranks[0]]}
         for rank, count in counts.items():
@@ -127,11 +132,12 @@ def _count(
     if method in BASELINES:
         form = BASELINES[method]
         return _Count(form.trained(shapes, rank), form.frozen(shapes, rank))
-    narrow = [f"{name} {shape}" for name, shape in shapes.items() if rank > min(shape)]
-    if narrow:
-        raise TargetError(f"{method}: rank {rank} is larger than {listing(narrow)}")
     adapter, config_class = registry.get(method), registry.config_class(method)
     config = config_class(**{"r": rank, **_known(config_class, options)})
+    reasons = {name: adapter.misfit(into, out, rank, config) for name, (out, into) in shapes.items()}
+    misfits = [f"{name} {shapes[name]}: {reason}" for name, reason in reasons.items() if reason]
+    if misfits:
+        raise TargetError(f"{method} does not fit {listing(misfits, 3)}")
     trained = sum(adapter.count(into, out, rank, config) for out, into in shapes.values())
     # U alone, (out, r): the input side follows from it and the weight
     basis = sum(rank * out for out, _ in shapes.values()) if config.basis_spec() is not None else 0
@@ -173,8 +179,9 @@ def _row(
 
 
 def _safetensors_header(method: str, shapes: Shapes, trained: int, dtype: str) -> int:
-    """Bytes of a safetensors header that names one tensor per layer; LoRA-like methods name two."""
-    sides = {"lora": 2, "dora": 3, "vera": 2, "psoft": 3, "tiny_lora": 4}.get(method, 1)
+    """Bytes of a safetensors header that names the tensors of every layer."""
+    baselines = {"lora": 2, "dora": 3, "vera": 2, "psoft": 3, "tiny_lora": 4}
+    sides = registry.get(method).tensors if method in registry.names() else baselines.get(method, 1)
     label = f"base_model.model.{{}}.{registry.prefix(method)}adapters.R"
     entry = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": [trained], "data_offsets": [trained, trained]}
     header = {label.format(name) + "x" * side: entry for name in shapes for side in range(sides)}
