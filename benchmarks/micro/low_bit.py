@@ -13,36 +13,38 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modicum import __version__
 from modicum.adapters import registry
 from modicum.quant import int4pack
 from modicum.quant.affine import AffineLinear, fold
 from modicum.quant.huggingface import effective_bits
 from modicum.quant.spec import AffineSpec
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 RESULT = Path(__file__).parent / "results" / "low_bit.json"
+TRAINING = RESULT.with_name("low_bit_training.json")
 GROUP = 128
 PROMPT = 128
 
 
-def config(layers: int, small: bool) -> LlamaConfig:
+def config(layers: int, small: bool, wide: bool = False) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=32000,
-        hidden_size=512 if small else 2048,
-        intermediate_size=1408 if small else 5632,
+        hidden_size=512 if small else (4096 if wide else 2048),
+        intermediate_size=1408 if small else (11008 if wide else 5632),
         num_hidden_layers=2 if small else layers,
         num_attention_heads=8 if small else 32,
         num_key_value_heads=4,
@@ -50,10 +52,10 @@ def config(layers: int, small: bool) -> LlamaConfig:
     )
 
 
-def dense_model(layers: int, small: bool) -> LlamaForCausalLM:
+def dense_model(layers: int, small: bool, wide: bool = False) -> LlamaForCausalLM:
     torch.manual_seed(0)
     with torch.device("meta"):
-        model = LlamaForCausalLM(config(layers, small)).to(torch.bfloat16)
+        model = LlamaForCausalLM(config(layers, small, wide)).to(torch.bfloat16)
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else nn.init.ones_(parameter)
@@ -61,14 +63,18 @@ def dense_model(layers: int, small: bool) -> LlamaForCausalLM:
     return model.eval()
 
 
-def low_bit(model: LlamaForCausalLM, *, merged: bool = False) -> LlamaForCausalLM:
+def low_bit(model: LlamaForCausalLM, *, merged: bool = False, head: bool = False) -> LlamaForCausalLM:
     """`model` with random 4-bit layers in the places of its linear ones; the speed does not depend on the codes."""
     generator = torch.Generator().manual_seed(0)
     for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or name == "lm_head":
+        if type(module) is not nn.Linear or (name == "lm_head" and not head):
             continue
         layer = AffineLinear(
-            module.in_features, module.out_features, AffineSpec(4, (1, GROUP)), bias=False, dtype=torch.bfloat16
+            module.in_features,
+            module.out_features,
+            AffineSpec(4, (1, GROUP)),
+            bias=False,
+            dtype=torch.bfloat16,
         )
         layer.codes.random_(0, 256, generator=generator)
         layer.scales.fill_(0.005)
@@ -89,7 +95,9 @@ def median(times: list[float]) -> float:
     return statistics.median(times)
 
 
-def taken_in_turn(variants: dict[str, Callable[[], None]], repeats: int, warm: int = 2) -> dict[str, list[float]]:
+def taken_in_turn(
+    variants: dict[str, Callable[[], None]], repeats: int, warm: int = 2
+) -> dict[str, list[float]]:
     """Seconds of each call, all variants in turn so that a slow moment hits all alike."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(repeats + warm):
@@ -107,6 +115,7 @@ def generation(repeats: int, small: bool) -> dict[str, Any]:
         "bf16": dense_model(22, small),
         "4-bit": low_bit(dense_model(22, small)),
         "4-bit merged": low_bit(dense_model(22, small), merged=True),
+        "4-bit merged, head too": low_bit(dense_model(22, small), merged=True, head=True),
     }
     gc.collect()
     ids = torch.randint(0, 32000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
@@ -133,7 +142,8 @@ def generation(repeats: int, small: bool) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, model in models.items():
         linears = [m for m in model.modules() if isinstance(m, AffineLinear)]
-        head = model.lm_head.weight.numel() * 2 + model.model.embed_tokens.weight.numel() * 2
+        kept = [m for m in (model.lm_head, model.model.embed_tokens) if not isinstance(m, AffineLinear)]
+        head = sum(2 * m.weight.numel() for m in kept)
         weights = sum(m.in_features * m.out_features for m in linears)
         result[name] = {
             "decode_tokens_per_second": 1 / median(then[name]),
@@ -180,14 +190,31 @@ def switch(repeats: int, small: bool) -> list[dict[str, float]]:
 
 
 def training(repeats: int, small: bool) -> dict[str, Any]:
-    """Forward and backward with an adapter on every linear layer: our 4-bit base, NF4, bfloat16."""
+    """A step on layers of a 1B and of a 7B model (2048 and 4096 wide), with 64 and with 512 tokens."""
+    cases = {"2048": (4, False), "4096": (1, True)}
+    result = {}
+    for width, (layers, wide) in cases.items():
+        models = training_models(layers, small, wide)
+        for tokens in (64, 512):
+            result[f"width {width}, {tokens} tokens"] = training_steps(models, tokens, 2 * repeats)
+        models.clear()
+        gc.collect()
+    return result
+
+
+def training_models(layers: int, small: bool, wide: bool) -> dict[str, nn.Module]:
+    """An adapter on every linear layer of our 4-bit base, NF4 and bfloat16."""
     import bitsandbytes as bnb
 
     def nf4(model: LlamaForCausalLM) -> LlamaForCausalLM:
         for name, module in list(model.named_modules()):
             if type(module) is nn.Linear and name != "lm_head":
                 layer = bnb.nn.Linear4bit(
-                    module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+                    module.in_features,
+                    module.out_features,
+                    bias=False,
+                    compute_dtype=torch.bfloat16,
+                    quant_type="nf4",
                 )
                 layer.load_state_dict({"weight": module.weight.data})
                 layer.support_avx512bf16_for_cpu = False
@@ -197,23 +224,25 @@ def training(repeats: int, small: bool) -> dict[str, Any]:
     lora = LoraConfig(r=16, target_modules="all-linear")
     bara = registry.config_class("q_bara")(r=16, alpha=16, target_modules="all-linear")
     xs = registry.config_class("lora_xs")(r=16, target_modules="all-linear")
-    made = {
-        "bf16 + LoRA": (dense_model(4, small), lora),
-        "NF4 + LoRA": (nf4(dense_model(4, small)), lora),
-        "4-bit + LoRA": (low_bit(dense_model(4, small)), lora),
-        "4-bit + Q-BaRA": (low_bit(dense_model(4, small)), bara),
-        "4-bit + LoRA-XS": (low_bit(dense_model(4, small)), xs),
-    }
-    ids = torch.randint(0, 32000, (4, PROMPT), generator=torch.Generator().manual_seed(0))
+    bases = {"bf16": lambda m: m, "NF4": nf4, "4-bit": low_bit}
+    chosen = [("bf16", "LoRA", lora), ("NF4", "LoRA", lora), ("4-bit", "LoRA", lora)]
+    if not wide:
+        chosen += [("4-bit", "Q-BaRA", bara), ("4-bit", "LoRA-XS", xs)]
     models = {}
-    for name, (model, adapter) in made.items():
+    for base, method, adapter in chosen:
+        name, model = f"{base} + {method}", bases[base](dense_model(layers, small, wide))
         adapted = get_peft_model(model, adapter, autocast_adapter_dtype=False).to(torch.bfloat16)
         models[name] = adapted.train()
+    return models
+
+
+def training_steps(models: dict[str, nn.Module], tokens: int, repeats: int) -> dict[str, Any]:
+    """Forward and backward through the stack of layers: head and loss are the same for all."""
+    ids = torch.randint(0, 32000, (-(-tokens // PROMPT), min(tokens, PROMPT)))
 
     def step(name: str) -> Callable[[], None]:
         def call() -> None:
             model = models[name]
-            # the stack of layers alone: head and loss are the same for all
             hidden = model.base_model.model.model(ids).last_hidden_state
             hidden.float().square().mean().backward()
             model.zero_grad(set_to_none=True)
@@ -287,11 +316,10 @@ def openvino(repeats: int, small: bool) -> dict[str, Any]:
         past[name] = 0
         infer(name, ids.numpy())
 
-    first = taken_in_turn(
-        {"bf16": torch_prefill, **{n: (lambda n=n: prefill(n)) for n in requests}}, repeats
-    )
+    first = taken_in_turn({"bf16": torch_prefill, **{n: (lambda n=n: prefill(n)) for n in requests}}, repeats)
     then = taken_in_turn(
-        {"bf16": torch_decode, **{n: (lambda n=n: infer(n, ids[:, :1].numpy())) for n in requests}}, 6 * repeats
+        {"bf16": torch_decode, **{n: (lambda n=n: infer(n, ids[:, :1].numpy())) for n in requests}},
+        6 * repeats,
     )
     return {
         name: {
@@ -307,14 +335,17 @@ def openvino(repeats: int, small: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="small shapes, nothing written")
     parser.add_argument("--only", choices=("switch", "generation", "openvino", "training"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    parts = {"switch": switch, "generation": generation, "openvino": openvino, "training": training}
+    # the engine last: its threads stay
+    parts = {"switch": switch, "generation": generation, "training": training, "openvino": openvino}
     found: dict[str, Any] = {}
     for name, measure in parts.items():
         if arguments.only in (None, name):
@@ -323,14 +354,79 @@ def main() -> None:
             gc.collect()
     if arguments.small or arguments.only:
         return
-    result = {
-        "what": "a 1.1B Llama on a 4-bit base, ratios within one run",
+    about = {
         "command": f"python benchmarks/micro/low_bit.py --threads {arguments.threads} --repeats {arguments.repeats}",
-        "versions": {"modicum": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {name: version(name) for name in ("modicum", "torch", "bitsandbytes", "openvino")},
         "threads": arguments.threads,
-        **found,
     }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    note = f"{arguments.threads} threads; all variants in turn, medians."
+    steps = found.pop("training")
+    for file, values in (
+        (
+            RESULT,
+            {
+                "what": "generation with a 1.1B Llama, 4 bits",
+                **about,
+                **found,
+                "table": generation_table(found, note),
+            },
+        ),
+        (
+            TRAINING,
+            {
+                "what": "a training step on a 4-bit base",
+                **about,
+                **steps,
+                "table": training_table(steps, note),
+            },
+        ),
+    ):
+        file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def generation_table(found: dict[str, Any], note: str) -> dict[str, Any]:
+    rows = []
+    engines = {f"OpenVINO, {name}": values for name, values in found["openvino"].items() if name != "bf16"}
+    for name, values in {**found["generation"], **engines}.items():
+        size, bits = values.get("bytes"), values.get("bits_per_weight_in_memory")
+        rows.append(
+            [
+                name,
+                f"{values['decode_tokens_per_second']:.1f}",
+                f"{values['decode_against_bf16']:.2f}",
+                f"{values['prefill_tokens_per_second']:.0f}",
+                f"{values.get('prefill_before_decoding_against_bf16', values['prefill_against_bf16']):.2f}",
+                f"{values['prefill_against_bf16']:.2f}",
+                f"{size / 2**20:,.0f}" if size else "–",
+                f"{bits:.2f}" if bits else "–",
+            ]
+        )
+    columns = [
+        "model",
+        "decode tokens/s",
+        "× bf16",
+        "prefill tokens/s",
+        "× bf16, first",
+        "× bf16, later",
+        "MiB",
+        "bits",
+    ]
+    what = "Random Llama of 1.1B parameters, batch 1, a prompt of 128 tokens, groups of 128. "
+    more = (
+        "OpenVINO's default rounds inputs to 8 bits; ratios of OpenVINO are to bfloat16 in a run of its own. "
+    )
+    return {"columns": columns, "rows": rows, "note": what + more + note}
+
+
+def training_table(found: dict[str, Any], note: str) -> dict[str, Any]:
+    names = list(dict.fromkeys(name for values in found.values() for name in values))
+    rows = []
+    for case, values in found.items():
+        cells = [f"{values[n]['against_nf4']:.2f}" if n in values else "–" for n in names]
+        rows.append([case, f"{1000 * values['NF4 + LoRA']['seconds']:.0f}", *cells])
+    columns = ["layers", "NF4 + LoRA, ms", *names]
+    what = "Speed relative to NF4 + LoRA (bitsandbytes), forward and backward, all linear layers adapted, rank 16, "
+    return {"columns": columns, "rows": rows, "note": f"{what}bfloat16. {note}"}
 
 
 if __name__ == "__main__":
