@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from modicum.data import bundled
+from modicum.data.options import DataOptions
+from modicum.data.prepare import load_splits
 from modicum.errors import DataError
 
 ROOT = Path(__file__).parents[2]
@@ -85,3 +87,9 @@ def test_unknown_names_are_refused_with_advice():
 def test_the_metadata_needs_no_torch():
     code = "import sys; from modicum.data import bundled; bundled.names(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_named_split_stands_for_itself_alone():
+    splits = load_splits(DataOptions(train="bundled:notes/train"))
+    assert list(splits) == ["train"]
+    assert set(load_splits(DataOptions(train="bundled:notes"))) == {"train", "validation", "test"}

@@ -112,9 +112,7 @@ def test_two_adapters_merge_and_unmerge_bit_for_bit(method, base, block, other):
     values = {"pool": pool, **({"repeat": repeat} if method != "qa_lora" else {})}
     model.add_adapter(
         "two",
-        registry.config_class(method)(
-            r=2, target_modules=["layer"], init_weights=False, seed=1, **values
-        ),
+        registry.config_class(method)(r=2, target_modules=["layer"], init_weights=False, seed=1, **values),
     )
     layer = model.base_model.model.layer
     weight, spec = layer.site.weight(), layer.base_layer.spec
@@ -131,7 +129,15 @@ def test_two_adapters_merge_and_unmerge_bit_for_bit(method, base, block, other):
 
 
 def test_an_update_that_is_not_constant_on_blocks_is_refused():
-    base = {"bits": 4, "block": (1, 32), "zero_point": "float", "rows": 64, "columns": 64, "bias": True, "seed": 0}
+    base = {
+        "bits": 4,
+        "block": (1, 32),
+        "zero_point": "float",
+        "rows": 64,
+        "columns": 64,
+        "bias": True,
+        "seed": 0,
+    }
     model = get_peft_model(
         quantized(base), registry.config_class("lora_xs")(r=4, target_modules=["layer"], init_weights=False)
     )

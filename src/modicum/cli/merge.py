@@ -83,6 +83,11 @@ def _show(result: Any) -> Any:
             if result.bits_before and result.bits_after
             else []
         ),
+        *(
+            [["note", "small blocks cost many bits: blocks that hold the base's groups would cost none"]]
+            if (result.bits_after or 0) > 1.5 * (result.bits_before or 16)
+            else []
+        ),
         *[
             [f"with {kind} offsets", f"{loss:.1%} of the update would be lost"]
             for kind, loss in result.coarser_offsets.items()

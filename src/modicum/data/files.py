@@ -90,6 +90,8 @@ def load_rows(source: str, split: Split = "train", hub_config: str | None = None
 def has_split(source: str, split: Split) -> bool:
     """Whether a bundled task or a folder holds rows of `split` by name."""
     if source.startswith(BUNDLED):
+        if source.partition("/")[2] not in ("", split):
+            return False  # it names one split, and only that is meant
         try:
             return _bundled(source.removeprefix(BUNDLED), split).is_file()
         except (DataError, KeyError, ValueError, OSError):
