@@ -154,3 +154,23 @@ def test_gptq_wants_every_layer_and_whole_words(tmp_path):
         export_model(model, cases.tokenizer(), tmp_path / "out", "gptq")
     assert "model.layers.1.mlp.up_proj are dense" in str(caught.value)
     assert "k_proj: 24 × 64 codes of 3 bits fill no whole 32-bit words" in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("bits", "zero_point"), [(4, "integer"), (8, "integer"), (4, "none")])
+def test_gptqmodel_computes_our_logits(bits, zero_point, tmp_path):
+    pytest.importorskip("gptqmodel", reason="gptqmodel is not installed")
+    from modicum.models.loading import load_base
+
+    model, given = cases.Case(bits=bits, zero_point=zero_point).model(), cases.batch()
+    export_model(model, cases.tokenizer(), tmp_path / "out", "gptq")
+    opened = load_base(str(tmp_path / "out"), dtype="float32")
+    with torch.no_grad():
+        found = opened(
+            input_ids=torch.as_tensor(given.ids),
+            attention_mask=torch.as_tensor(given.mask),
+            position_ids=torch.as_tensor(given.positions),
+        ).logits
+    wanted = cases.logits(model, given)
+    # gptqmodel's CPU kernel multiplies in 16 bits
+    assert cases.relative(found.float().numpy()[given.real], wanted[given.real]) < 3e-3
