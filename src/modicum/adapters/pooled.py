@@ -101,12 +101,12 @@ class PooledLowRank(PooledAdapter):
     def forward(self, x: Tensor, base_output: Tensor) -> Tensor:
         """`base_output` + scaling · E_q B A P_p x, shape (*batch, out)."""
         x = (self.dropout(x) if self.dropout is not None else x).to(base_output.dtype)
-        a = self.A.to(x.dtype) * self.scaling
+        a = self.A.to(x.dtype)
         if self.pool <= _NARROW_POOL:
             # reading the input once with a wider A costs less than averaging it first
-            z = F.linear(x, spread(a, (1, self.pool)) / self.pool)
+            z = F.linear(x, spread(a, (1, self.pool))) * (self.scaling / self.pool)
         else:
-            z = F.linear(pooled(x, self.pool), a)
+            z = F.linear(pooled(x, self.pool), a) * self.scaling
         b = spread(self.B.to(x.dtype), (self.repeat, 1))
         flat = torch.addmm(base_output.reshape(-1, len(b)), z.reshape(-1, b.shape[1]), b.T)
         return flat.view(base_output.shape)
