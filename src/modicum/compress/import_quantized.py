@@ -6,7 +6,6 @@ quantized again and no library of theirs is needed. Layers go one at a time from
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import re
@@ -18,10 +17,11 @@ from typing import TYPE_CHECKING, Any, Self, final
 
 from torch import nn
 
+from modicum.compress.open_files import OpenFiles
 from modicum.compress.source import BESIDE
 from modicum.compress.work import Work
 from modicum.compress.writing import write_shards
-from modicum.errors import ConfigError, CorruptAdapterError, listing
+from modicum.errors import ConfigError, listing
 from modicum.models.architecture import meta_model, read_config
 from modicum.models.checkpoint import weight_files
 from modicum.quant.affine import AffineLinear
@@ -218,28 +218,17 @@ class _Checkpoint:
             raise ConfigError(f"{folder} holds tensors that cannot be taken over: {listing(strange)}")
         if dropped or self._rounds_activations():
             self.notes.append("the checkpoint rounds activations too; here they stay as they are")
-        self._opened: dict[Path, Any] = {}
-        self._stack = contextlib.ExitStack()
+        self._open = OpenFiles(self.files)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        self._open.close()
 
     def tensor(self, key: str) -> Tensor:
         """The tensor `key`, a view of its file."""
-        from safetensors import SafetensorError, safe_open
-
-        file = self.files[key]
-        try:
-            if file not in self._opened:
-                self._opened[file] = self._stack.enter_context(safe_open(file, framework="pt"))
-            return self._opened[file].get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise CorruptAdapterError(
-                f"{file} cannot be read ({error}); download or copy it again"
-            ) from error
+        return self._open.tensor(key)
 
     def layer(self, name: str) -> AffineLinear:
         """The layer `name` of the checkpoint as one of ours, without its bias."""

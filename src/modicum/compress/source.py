@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 
+from modicum.compress.open_files import OpenFiles
 from modicum.errors import ConfigError, CorruptAdapterError, listing
 from modicum.models.architecture import meta_model, read_config
 from modicum.models.checkpoint import weight_files
@@ -71,14 +71,13 @@ class Source:
         self.config = read_config(str(self.folder))
         self.model: Any = meta_model(self.config)
         self.files = weight_files(self.folder)
-        self._opened: dict[Path, Any] = {}
-        self._stack = contextlib.ExitStack()
+        self._open = OpenFiles(self.files)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        self._open.close()
 
     def tensor(self, key: str) -> Tensor:
         """The tensor `key` in the type it is stored in, a view of the file.
@@ -86,17 +85,7 @@ class Source:
         Raises:
             CorruptAdapterError: the file is damaged.
         """
-        from safetensors import SafetensorError, safe_open
-
-        file = self.files[key]
-        try:
-            if file not in self._opened:
-                self._opened[file] = self._stack.enter_context(safe_open(file, framework="pt"))
-            return self._opened[file].get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise CorruptAdapterError(
-                f"{file} cannot be read ({error}); download or copy it again"
-            ) from error
+        return self._open.tensor(key)
 
     def key(self, name: str) -> str | None:
         """The key of the parameter or buffer `name` of the model, with or without the base model's prefix."""
