@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from modicum.adapters.config import AdapterConfig
+    from modicum.adapters.elastic import Cut
     from modicum.adapters.site import Site
 
 
@@ -35,12 +36,19 @@ class Adapter(nn.Module, abc.ABC):
     tensors: ClassVar[int] = 1
     #: (q, p) when the update is constant on q×p blocks of the weight, which folds into offsets
     block: tuple[int, int] | None = None
+    #: whether the adapter also runs at ranks below its own, as the prefix of its tensors
+    elastic: ClassVar[bool] = False
+    #: which part of the layer the active sub-network has, None for all of it; the layer heeds it, not the method
+    cut: Cut | None = None
 
     def __init__(self, site: Site, config: AdapterConfig) -> None:
         super().__init__()
         # the site belongs to the layer, not to this adapter: keep it out of state dicts and `.to()`
         object.__setattr__(self, "site", site)
+        #: the largest rank, which the tensors have and the scaling is divided by
         self.rank = config.rank_for(site.name)
+        #: the rank at which the adapter runs, set by the active sub-network
+        self.active_rank = self.rank
         self.scaling = config.alpha_for(site.name) / self.rank
         self.dropout = nn.Dropout(config.dropout) if config.dropout else None
 

@@ -17,6 +17,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 
 from modicum.adapters import registry
 from modicum.adapters.check import check_base, check_basis, check_state, check_targets
+from modicum.adapters.elastic import ElasticConfig, SubNetwork, Switch
 from modicum.adapters.layer import AdapterLinear
 from modicum.adapters.mixed import Routing
 from modicum.adapters.site import Site
@@ -46,6 +47,9 @@ class HostModel(BaseTuner):
         # fingerprints are written into the config; a config reused for another model must not carry them over
         self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        if isinstance(config, ElasticConfig) and config.sub_network is not None:
+            Switch(self, adapter_name).activate(SubNetwork.read(config.sub_network))
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         del model_config

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from modicum.adapters import registry
+from modicum.adapters.elastic import put_back, take
 from modicum.adapters.merge import merge, unmerge
-from modicum.errors import ConfigError
+from modicum.errors import ConfigError, InexactMergeError
 
 if TYPE_CHECKING:
     from modicum.adapters.config import AdapterConfig
@@ -68,18 +70,46 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
+        adapters = self.adapters
+        active = [cast("Adapter", adapters[name]) for name in self.active_adapters if name in adapters]
+        if any(adapter.cut for adapter in active):
+            return self._forward_cut(x, active)
         output = self.base_layer(x, *args, **kwargs)
         if self.routing.active:
             return self._forward_mixed(x, output)
-        if self.merged:
-            return output
-        adapters = self.adapters
-        active = [adapters[name] for name in self.active_adapters if name in adapters]
+        return output if self.merged else self._adapted(x, output, active)
+
+    def _adapted(self, x: Tensor, output: Tensor, active: list[Adapter]) -> Tensor:
         if len(active) == 1:
             return active[0](x, output)
         return output + sum(
             (adapter(x, output) - output for adapter in active), start=torch.zeros_like(output)
         )
+
+    def _forward_cut(self, x: Tensor, active: list[Adapter]) -> Tensor:
+        """The output of the part of the layer that the active sub-network has; takes all inputs or those only."""
+        cut = active[0].cut
+        if cut is None or any(adapter.cut != cut for adapter in active):
+            raise ConfigError(
+                f"the active adapters want different parts of {self.site.name}; activate one of them at a time"
+            )
+        if self.routing.active:
+            raise ConfigError("adapter_names cannot mix sub-networks of different widths; extract them")
+        if cut.inputs is not None and x.shape[-1] == self.in_features:
+            x = take(x, cut.inputs, -1)
+        factors = [adapter.lora_factors() for adapter in active] if self.site.format.mergeable else [None]
+        if None in factors:
+            whole = put_back(x, cut.inputs, self.in_features)
+            return take(self._adapted(whole, self.base_layer(whole), active), cut.outputs, -1)
+        bias = self.site.bias
+        weight = take(take(self.site.weight(), cut.outputs, 0), cut.inputs, 1)
+        output = F.linear(x, weight, None if bias is None else take(bias, cut.outputs, 0))
+        for adapter, pair in zip(active, factors, strict=True):
+            assert pair is not None
+            b, a = take(pair[0], cut.outputs, 0).to(x.dtype), take(pair[1], cut.inputs, 1).to(x.dtype)
+            z = F.linear(adapter.dropout(x) if adapter.dropout is not None else x, a) * adapter.scaling
+            output = output + F.linear(z, b)
+        return output
 
     def _forward_mixed(self, x: Tensor, base_output: Tensor) -> Tensor:
         if self.merged:
@@ -113,13 +143,18 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         A result that is not finite is refused whatever `safe_merge` says: looking costs little.
 
         Raises:
-            InexactMergeError: the base format cannot take the update.
+            InexactMergeError: the base format cannot take the update, or the layer runs cut.
             CorruptAdapterError: the merged weight would hold NaN or infinity; nothing was changed.
         """
         del safe_merge
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adapters]
         if not names:
             return
+        if any(cast("Adapter", self.adapters[name]).cut for name in names):
+            raise InexactMergeError(
+                f"{self.site.name} runs as part of a narrower sub-network, which a merged weight cannot show: write "
+                "it with `modicum extract`, or activate one of full width"
+            )
         wanted = [*self.merged_adapters, *names]
         merge(self.site, {name: cast("Adapter", self.adapters[name]) for name in wanted})
         self.merged_adapters.extend(names)

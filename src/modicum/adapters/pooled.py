@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from modicum.adapters.config import AdapterConfig, option
 from modicum.adapters.contract import Adapter
+from modicum.adapters.low_rank import uniform
 from modicum.ops.affine import spread
 from modicum.quant.spec import divisors
 
@@ -79,8 +80,8 @@ class PooledLowRank(PooledAdapter):
         generator, rank = self.generator(config), self.inner_rank(self.rank, config)
         inner, outer = site.in_features // self.pool, site.out_features // self.repeat
         # LoRA's start: uniform within ±1/√n of n inputs, and zero
-        self.A = nn.Parameter(_uniform(rank, inner, generator))
-        start = torch.zeros(outer, rank) if config.init_weights else _uniform(outer, rank, generator)
+        self.A = nn.Parameter(uniform(rank, inner, generator))
+        start = torch.zeros(outer, rank) if config.init_weights else uniform(outer, rank, generator)
         self.B = nn.Parameter(start)
 
     @staticmethod
@@ -142,7 +143,3 @@ def pool_option(default: int) -> int:
 def repeat_option(default: int) -> int:
     """The option `repeat` of a method's config."""
     return option(default, "Times that each output is repeated in place (q of the paper).", minimum=1)
-
-
-def _uniform(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    return (torch.rand(rows, columns, generator=generator) * 2 - 1) * columns**-0.5

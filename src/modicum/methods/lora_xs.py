@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from modicum.adapters.basis import BasisSpec, Kind
 from modicum.adapters.config import AdapterConfig, option
 from modicum.adapters.contract import Adapter
+from modicum.adapters.elastic import ElasticConfig
 from modicum.ops.lowrank import Directions, Mode  # noqa: TC001 - dataclass fields are read at run time
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ INITIAL_STD = 1e-5
 
 
 @dataclass
-class LoraXSConfig(AdapterConfig):
+class LoraXSConfig(ElasticConfig):
     """Configuration of LoRA-XS; the defaults are the paper's method, the rest are its ablations."""
 
     basis: Kind = option(
@@ -85,6 +86,7 @@ class LoraXS(Adapter):
     config_class = LoraXSConfig
     source = "arXiv 2405.17604"
     formula = "ΔW = scaling · U R Uᵀ W, U: top-r left singular vectors of W, R: r×r"
+    elastic = True
 
     def __init__(self, site: Site, config: LoraXSConfig) -> None:
         super().__init__(site, config)
@@ -116,11 +118,13 @@ class LoraXS(Adapter):
     def forward(self, x: Tensor, base_output: Tensor) -> Tensor:
         """`base_output` + scaling · U R (A x), shape (*batch, out)."""
         z = self._inner(x, base_output)
-        core = (self.R * self.scaling).to(z.dtype)
+        core = (self.core() * self.scaling).to(z.dtype)
         z = z * core if self.diagonal else F.linear(z, core)
-        ut = self.basis.ut[: self.rank].to(z.dtype)
+        ut = self.basis.ut[: self.active_rank].to(z.dtype)
         # addmm adds the update in the same pass that computes it
-        flat = torch.addmm(base_output.reshape(-1, base_output.shape[-1]), z.reshape(-1, self.rank), ut)
+        flat = torch.addmm(
+            base_output.reshape(-1, base_output.shape[-1]), z.reshape(-1, self.active_rank), ut
+        )
         return flat.view(base_output.shape)
 
     @classmethod
@@ -132,11 +136,12 @@ class LoraXS(Adapter):
         Cores of lower rank are padded with zeros: their basis is a prefix of the widest one's.
         """
         cores = cast("Sequence[LoraXS]", adapters)
-        widest = max(cores, key=lambda adapter: adapter.rank)
+        widest = max(cores, key=lambda adapter: adapter.active_rank)
         if any(a.basis is not widest.basis or a.use_sigma != widest.use_sigma for a in cores):
             return super().forward_mixed(adapters, rows, x, base_output)
-        rank, z = widest.rank, widest._inner(x, base_output)  # noqa: SLF001 - same class
-        stack = torch.stack([F.pad(a.scaled_core(), (0, rank - a.rank, 0, rank - a.rank)) for a in cores])
+        rank, z = widest.active_rank, widest._inner(x, base_output)  # noqa: SLF001 - same class
+        gaps = [rank - a.active_rank for a in cores]
+        stack = torch.stack([F.pad(a.scaled_core(), (0, n, 0, n)) for a, n in zip(cores, gaps, strict=True)])
         # the zero core at the end serves base-only rows, whose index is -1
         stack = torch.cat([stack, stack.new_zeros(1, rank, rank)]).to(z.dtype)
         mixed = torch.bmm(z.reshape(z.shape[0], -1, rank), stack[rows].transpose(1, 2))
@@ -144,16 +149,21 @@ class LoraXS(Adapter):
         flat = torch.addmm(base_output.reshape(-1, base_output.shape[-1]), mixed.reshape(-1, rank), ut)
         return flat.view(base_output.shape)
 
+    def core(self) -> Tensor:
+        """R at the active rank: its first k rows and columns, or first k numbers for a diagonal core."""
+        k = self.active_rank
+        return self.R[:k] if self.diagonal else self.R[:k, :k]
+
     def scaled_core(self) -> Tensor:
-        """Scaling · R as an (r, r) matrix, also for a diagonal core."""
-        return self.scaling * (torch.diag(self.R) if self.diagonal else self.R)
+        """Scaling · R as a (k, k) matrix, also for a diagonal core."""
+        return self.scaling * (torch.diag(self.core()) if self.diagonal else self.core())
 
     def lora_factors(self) -> tuple[Tensor, Tensor]:
         """B' = U R (out, r) and A (r, in), float32: the exactly equal LoRA, scaling · B' A = ΔW."""
-        u = self.basis.ut[: self.rank].T.float()
-        a = self.basis.a[: self.rank] if self.basis.a is not None else u.T @ self.site.weight().float()
+        u = self.basis.ut[: self.active_rank].T.float()
+        a = self.basis.a[: self.active_rank] if self.basis.a is not None else u.T @ self.site.weight().float()
         a = a.float() if self.use_sigma else a.float() / self._sigma()[:, None]
-        return u @ (torch.diag(self.R) if self.diagonal else self.R).float(), a
+        return u @ (torch.diag(self.core()) if self.diagonal else self.core()).float(), a
 
     def _inner(self, x: Tensor, base_output: Tensor) -> Tensor:
         """A x, shape (*batch, r), from the input or from the output."""
@@ -161,16 +171,16 @@ class LoraXS(Adapter):
         if self.reads_input:
             assert self.basis.a is not None
             x = self.dropout(x) if self.dropout is not None else x
-            z = F.linear(x.to(dtype), self.basis.a[: self.rank].to(dtype))
+            z = F.linear(x.to(dtype), self.basis.a[: self.active_rank].to(dtype))
         else:
-            ut, bias = self.basis.ut[: self.rank].to(dtype), self.site.bias
+            ut, bias = self.basis.ut[: self.active_rank].to(dtype), self.site.bias
             z = F.linear(base_output, ut, None if bias is None else -(ut @ bias.to(dtype)))
         return z if self.use_sigma else z / self._sigma().to(dtype)
 
     def _sigma(self) -> Tensor:
         """Singular values (r,), kept away from zero so that a rank-deficient weight divides by no zero."""
         assert self.basis.sigma is not None
-        sigma = self.basis.sigma[: self.rank]
+        sigma = self.basis.sigma[: self.active_rank]
         return sigma.clamp_min(sigma.new_tensor(torch.finfo(torch.float32).tiny).sqrt())
 
     def _initial_core(self, config: LoraXSConfig) -> Tensor:
