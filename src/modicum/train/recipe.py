@@ -13,9 +13,10 @@ from modicum.data.options import DataOptions, Section, Task
 from modicum.errors import ConfigError, did_you_mean
 from modicum.evaluate.metrics import LARGER_IS_BETTER, TASK_METRICS
 from modicum.models.loading import Dtype  # noqa: TC001, pydantic reads it at run time
+from modicum.search.spec import read_space
 from modicum.train import defaults
 from modicum.train.methods import option_faults
-from modicum.train.stages import MergeOptions, stage_faults
+from modicum.train.stages import ElasticOptions, MergeOptions, stage_faults
 from modicum.train.yaml_lines import Lines, read_yaml, yaml_value
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class TrainOptions(Section):
     bf16: bool = Field(False, description="Compute in bfloat16 (autocast).")
     fp16: bool = Field(False, description="Compute in float16 (autocast with loss scaling).")
     gradient_checkpointing: bool = Field(False, description="Recompute activations to save memory.")
+    use_reentrant: bool = Field(False, description="Recompute with PyTorch's older, reentrant method.")
     eval_steps: int | None = Field(
         None, ge=1, description="Steps between evaluations; every epoch when unset."
     )
@@ -127,6 +129,7 @@ class Recipe(Section):
     data: DataOptions
     method: MethodOptions = Field(default_factory=lambda: MethodOptions(name="lora_xs"))
     train: TrainOptions = Field(default_factory=TrainOptions)  # pyright: ignore[reportArgumentType]
+    elastic: ElasticOptions | None = None
     sweep: SweepOptions | None = None
     merge: MergeOptions | None = None
     export: list[str] = Field(default_factory=list, description="Formats to export the merged model to.")
@@ -288,7 +291,9 @@ def _names_at(loc: tuple[str | int, ...]) -> list[str]:
     section: Any = Recipe
     for part in loc:
         kind = section.model_fields[part].annotation
-        section = {"sweep": SweepOptions, "merge": MergeOptions}.get(str(part), kind)
+        section = {"sweep": SweepOptions, "merge": MergeOptions, "elastic": ElasticOptions}.get(
+            str(part), kind
+        )
     return list(section.model_fields)
 
 
@@ -314,6 +319,8 @@ def _cross_faults(recipe: Recipe) -> list[tuple[tuple[str | int, ...], str]]:
         faults.append(
             (("train", "metric"), f"{task} has no metric {train.metric!r}{hint}; known: {', '.join(known)}")
         )
+    if recipe.elastic is not None:
+        faults += [(("elastic",), fault) for fault in _elastic_faults(recipe)]
     if train.optim.startswith("paged") and not _cuda():
         faults.append(
             (
@@ -321,13 +328,37 @@ def _cross_faults(recipe: Recipe) -> list[tuple[tuple[str | int, ...], str]]:
                 f"train.optim = {train.optim!r} pages between a GPU and the host, and there is no GPU",
             )
         )
-    if recipe.sweep is not None:
-        wrong = [rate for rate in recipe.sweep.learning_rate if rate <= 0]
-        twice = len(set(recipe.sweep.seeds)) < len(recipe.sweep.seeds)
-        if wrong:
-            faults.append((("sweep", "learning_rate"), f"sweep.learning_rate holds {wrong}, must be above 0"))
-        if twice:
-            faults.append(
-                (("sweep", "seeds"), "sweep.seeds holds a seed twice, which would count one run twice")
-            )
+    return [*faults, *_sweep_faults(recipe.sweep)]
+
+
+def _sweep_faults(sweep: SweepOptions | None) -> list[tuple[tuple[str | int, ...], str]]:
+    faults: list[tuple[tuple[str | int, ...], str]] = []
+    if sweep is None:
+        return faults
+    wrong = [rate for rate in sweep.learning_rate if rate <= 0]
+    twice = len(set(sweep.seeds)) < len(sweep.seeds)
+    if wrong:
+        faults.append((("sweep", "learning_rate"), f"sweep.learning_rate holds {wrong}, must be above 0"))
+    if twice:
+        faults.append((("sweep", "seeds"), "sweep.seeds holds a seed twice, which would count one run twice"))
+    return faults
+
+
+def _elastic_faults(recipe: Recipe) -> list[str]:
+    from modicum.adapters import registry
+
+    options, name = recipe.elastic, recipe.method.name
+    assert options is not None
+    faults = []
+    if name not in registry.names() or not registry.get(name).elastic:
+        elastic = [method for method in registry.names() if registry.get(method).elastic]
+        faults.append(f"the method {name} has no sub-networks; those that have: {', '.join(elastic)}")
+    if options.distill and (options.sampling != "sandwich" or recipe.model.task == "regression"):
+        faults.append(
+            "elastic.distill needs sampling: sandwich, and a task whose predictions are probabilities"
+        )
+    try:
+        read_space(options.space)
+    except ConfigError as error:
+        faults.append(str(error))
     return faults

@@ -105,6 +105,10 @@ def run_one(
     trainer = build_trainer(
         recipe, loaded.model, loaded.data, loaded.tokenizer.pad_token_id, folder, callbacks
     )
+    if recipe.elastic is not None:
+        from modicum.train.elastic import ElasticTraining
+
+        trainer.elastic = ElasticTraining(loaded.model, recipe.elastic, recipe.train.seed)
     # inside `train`, not before it: an evaluation of the bare model makes the Trainer skip the wrapping that
     # averages gradients over processes, without a word
     trainer.args.eval_on_start = bool(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -27,6 +27,29 @@ class MergeOptions(Section):
     allow_inexact: bool = Field(
         False,
         description="Quantize again what a low-bit base cannot take exactly; exports may round the grid.",
+    )
+
+
+class ElasticOptions(Section):
+    """The search space to train, and how sub-networks are drawn."""
+
+    space: str | dict[str, Any] = Field(
+        description="A bundled search space (shears, lonas, lonas_bert), a YAML file, or the space itself."
+    )
+    sampling: Literal["uniform", "sandwich"] = Field(
+        "uniform",
+        description="uniform: one random sub-network per micro-batch; sandwich: the largest, the smallest and "
+        "`samples` random ones.",
+    )
+    samples: int = Field(
+        2, ge=0, description="sandwich: random sub-networks beside the largest and the smallest."
+    )
+    distill: bool = Field(
+        False, description="sandwich: the smaller ones learn the largest one's predictions, not the labels."
+    )
+    active: Literal["heuristic", "largest", "smallest"] = Field(
+        "heuristic",
+        description="The sub-network that is evaluated while training and saved as the active one.",
     )
 
 

@@ -1,4 +1,4 @@
-"""The Transformers Trainer, set up from a recipe; a subclass only for two learning rates and the row order."""
+"""The Transformers Trainer, set up from a recipe; a subclass for two learning rates, row order and sub-networks."""
 
 from __future__ import annotations
 
@@ -25,14 +25,44 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from modicum.data.prepare import Prepared
+    from modicum.train.elastic import ElasticTraining
     from modicum.train.recipe import Recipe
 
 
 class TwoRateTrainer(Trainer):
-    """A Trainer with a learning rate for the head, and a row order that depends on seed and epoch alone."""
+    """A Trainer with a learning rate for the head, and a row order that depends on seed and epoch alone.
+
+    With `elastic` set, every micro-batch trains the sub-networks that are drawn for it.
+    """
 
     head_rate: float | None = None
     sampler: EpochSampler | None = None
+    elastic: ElasticTraining | None = None
+    #: step and micro-batch in it that run
+    _micro: tuple[int, int] = (-1, 0)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """The usual step, once for each sub-network of the micro-batch; none changes before its backward pass ends."""
+        if self.elastic is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        step = self.state.global_step
+        self._micro = step, (self._micro[1] + 1 if self._micro[0] == step else 0)
+        losses = []
+        with self.elastic.micro_batch(*self._micro) as turns:
+            for _ in turns:
+                losses.append(super().training_step(model, inputs, num_items_in_batch))  # noqa: PERF401
+        return torch.stack(losses).sum()
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The usual loss; of a sub-network in training its share of the micro-batch."""
+        if self.elastic is None or self.elastic.running is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"]
+        found: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss = self.elastic.loss(found[0], found[1]["logits"], labels)
+        return (loss, found[1]) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         # the Trainer's own orders are not kept by a resumed run of several processes (accelerate does not hand the
@@ -141,7 +171,7 @@ def training_arguments(recipe: Recipe, folder: Path, *, has_validation: bool) ->
         "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     )
     if options.gradient_checkpointing:
-        values |= {checkpointing: True, f"{checkpointing}_kwargs": {"use_reentrant": False}}
+        values |= {checkpointing: True, f"{checkpointing}_kwargs": {"use_reentrant": options.use_reentrant}}
     try:
         arguments = TrainingArguments(**values)
     except ValueError as error:

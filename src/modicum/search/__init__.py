@@ -1,0 +1,1 @@
+"""Search spaces, what sub-networks cost, and strategies that find good ones."""
