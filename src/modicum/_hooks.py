@@ -1,4 +1,4 @@
-"""Make PEFT know our methods and Transformers our quantized checkpoints, in whatever order things are imported.
+"""Make PEFT know our methods and Transformers our checkpoints, in whatever order things are imported.
 
 Neither finds plug-ins, and importing them here would bring torch into `import modicum`. So a finder on
 `sys.meta_path` waits for the modules that keep their registries and fills these in once they have been
@@ -24,9 +24,13 @@ if TYPE_CHECKING:
 _REGISTRIES = {
     "peft": ("modicum.adapters.registry", "its methods to PEFT"),
     "transformers.quantizers.auto": ("modicum.quant.huggingface", "its checkpoints to Transformers"),
+    "transformers.models.auto.configuration_auto": (
+        "modicum.models.subnetwork",
+        "its models to Transformers",
+    ),
 }
 #: what `register` itself imports: none of it may be half-way through its own import at that moment
-_OWN = ("modicum.adapters", "modicum.methods", "modicum.quant", "modicum.ops")
+_OWN = ("modicum.adapters", "modicum.methods", "modicum.models", "modicum.quant", "modicum.ops")
 
 
 def install() -> None:

@@ -11,14 +11,13 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from modicum.adapters.elastic import Cut
 from modicum.errors import ConfigError
 from modicum.quant.base import format_of
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from modicum.adapters.elastic import Runs
+    from modicum.adapters.elastic import Cut, Runs
 
 #: what the model types of `models.subnetwork` begin with
 OURS = "modicum_"
@@ -63,6 +62,8 @@ class Width:
         Raises:
             ConfigError: the width has no such number of units.
         """
+        from modicum.adapters.elastic import Cut
+
         if not 1 <= units <= self.units:
             raise ConfigError(f"{self.name} has 1 to {self.units} units, not {units}")
         if units == self.units:
@@ -186,11 +187,15 @@ def layout(model_type: str) -> Layout:
     for known in _LAYOUTS:
         if kind in known.model_types:
             return known
-    types = [name for known in _LAYOUTS for name in known.model_types]
     raise ConfigError(
-        f"which layers of a {kind!r} model form a width is not known; known: {', '.join(sorted(types))}. Ranks can be "
+        f"which layers of a {kind!r} model form a width is not known; known: {', '.join(model_types())}. Ranks can be "
         "elastic on any model"
     )
+
+
+def model_types() -> list[str]:
+    """The model types whose layouts we know, sorted."""
+    return sorted(name for known in _LAYOUTS for name in known.model_types)
 
 
 def family(model: nn.Module) -> str:
