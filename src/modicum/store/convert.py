@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
 
+    from modicum.models.loading import Dtype
+
 FORMATS = ("lora", "modicum", "peft")
 #: what the last layer of a classification head is called
 _HEAD_ENDS = ("score.weight", "classifier.weight", "out_proj.weight", "classifier.dense.weight")
@@ -56,18 +58,18 @@ class Imported:
 
 
 def load_for(
-    model: str, adapter: str | os.PathLike, *, upcast: bool = False
+    model: str, adapter: str | os.PathLike, *, upcast: bool = False, dtype: Dtype = "auto"
 ) -> tuple[PeftModel, torch.dtype]:
     """The base model `model` carrying `adapter`, and the dtype its checkpoint is stored in.
 
-    `upcast` loads the weights exactly as stored, then computes in float32.
+    `upcast` loads the weights exactly as stored, then computes in float32; `dtype` as in `load_base`.
 
     Raises:
         ConfigError: no model, no adapter, or an adapter for a task that has no loader.
         CorruptAdapterError, BaseMismatchError, BasisMismatchError: the adapter does not fit.
     """
     config, state = read_adapter(adapter)
-    base = _base_for(model, config.task_type, state)
+    base = _base_for(model, config.task_type, state, dtype)
     stored = base.dtype
     config.inference_mode = True
     # quantized models refuse to be cast; ours computes in the dtype of its inputs
@@ -155,7 +157,7 @@ def _write(model: PeftModel, target: Path, fmt: str, dtype: str, *, overwrite: b
     return sum(state.tensors[name].numel() for name in state.adapter_names), size
 
 
-def _base_for(model: str, task_type: Any, state: dict[str, Tensor]) -> Any:
+def _base_for(model: str, task_type: Any, state: dict[str, Tensor], dtype: Dtype = "auto") -> Any:
     """The base model for an adapter with this task and these tensors."""
     kind = str(getattr(task_type, "value", task_type) or "CAUSAL_LM")
     if kind not in _TASKS:
@@ -163,7 +165,7 @@ def _base_for(model: str, task_type: Any, state: dict[str, Tensor]) -> Any:
             f"adapters for {kind} load in Python only; the command line knows {', '.join(_TASKS)}"
         )
     labels = _labels(state)
-    return load_base(model, "regression" if labels == 1 else _TASKS[kind], num_labels=labels)
+    return load_base(model, "regression" if labels == 1 else _TASKS[kind], dtype=dtype, num_labels=labels)
 
 
 def _labels(state: dict[str, Tensor]) -> int | None:
