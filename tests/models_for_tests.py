@@ -19,6 +19,22 @@ VOCABULARY = 67
 SMALL = {"qa_lora": {"pool": 16}, "qa_blora": {"pool": 16}}
 
 
+def base_for(method: str, model):
+    """`model` as the method needs it: quantized to 8 bits in place where the method trains codes."""
+    from modicum import AffineConfig
+    from modicum.adapters import registry
+    from modicum.quant.huggingface import AffineQuantizer, quantize_linears
+
+    if method in registry.names() and registry.get(method).on_grid:
+        heads = ["lm_head", "classifier"]
+        config = AffineConfig(
+            bits=8, group_size=16, zero_point="integer", residuals=True, modules_to_not_convert=heads
+        )
+        quantize_linears(model, config)
+        model.hf_quantizer = AffineQuantizer(config)
+    return model
+
+
 def llama(dtype: torch.dtype = torch.float32, *, tied: bool = False, seed: int = 0) -> LlamaForCausalLM:
     """A two-layer Llama with grouped-query attention, hidden 32."""
     torch.manual_seed(seed)

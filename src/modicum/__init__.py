@@ -20,11 +20,15 @@ if TYPE_CHECKING:
     from modicum.compress.export import export_model
     from modicum.compress.merge import merge_to_folder
     from modicum.compress.quantize import quantize_model
+    from modicum.compress.sparsify import sparsify_model
+    from modicum.methods.elastic_lora import ElasticLoraConfig
     from modicum.methods.lora_xs import LoraXSConfig
     from modicum.methods.q_bara import QBaraConfig
     from modicum.methods.qa_blora import QABloraConfig
     from modicum.methods.qa_hira import QAHiraConfig
     from modicum.methods.qa_lora import QALoraConfig
+    from modicum.methods.qa_sparse_peft import QASparsePeftConfig
+    from modicum.methods.sparse_peft import SparsePeftConfig
     from modicum.quant.huggingface import AffineConfig
     from modicum.store.files import load_adapter, save_adapter
     from modicum.store.lora_export import export_lora
@@ -33,11 +37,14 @@ if TYPE_CHECKING:
 #: public name -> (module that defines it, its name there)
 _PUBLIC = {
     "AffineConfig": ("modicum.quant.huggingface", "AffineConfig"),
+    "ElasticLoraConfig": ("modicum.methods.elastic_lora", "ElasticLoraConfig"),
     "LoraXSConfig": ("modicum.methods.lora_xs", "LoraXSConfig"),
     "QABloraConfig": ("modicum.methods.qa_blora", "QABloraConfig"),
     "QAHiraConfig": ("modicum.methods.qa_hira", "QAHiraConfig"),
     "QALoraConfig": ("modicum.methods.qa_lora", "QALoraConfig"),
+    "QASparsePeftConfig": ("modicum.methods.qa_sparse_peft", "QASparsePeftConfig"),
     "QBaraConfig": ("modicum.methods.q_bara", "QBaraConfig"),
+    "SparsePeftConfig": ("modicum.methods.sparse_peft", "SparsePeftConfig"),
     "export_lora": ("modicum.store.lora_export", "export_lora"),
     "export_model": ("modicum.compress.export", "export_model"),
     "get_method": ("modicum.adapters.registry", "get"),
@@ -47,16 +54,20 @@ _PUBLIC = {
     "method_names": ("modicum.adapters.registry", "names"),
     "quantize_model": ("modicum.compress.quantize", "quantize_model"),
     "save_adapter": ("modicum.store.files", "save_adapter"),
+    "sparsify_model": ("modicum.compress.sparsify", "sparsify_model"),
 }
 
 __all__ = [
     "AffineConfig",
+    "ElasticLoraConfig",
     "LoraXSConfig",
     "ModicumError",
     "QABloraConfig",
     "QAHiraConfig",
     "QALoraConfig",
+    "QASparsePeftConfig",
     "QBaraConfig",
+    "SparsePeftConfig",
     "__version__",
     "export_lora",
     "export_model",
@@ -67,6 +78,7 @@ __all__ = [
     "method_names",
     "quantize_model",
     "save_adapter",
+    "sparsify_model",
 ]
 
 

@@ -7,6 +7,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from modicum.adapters import registry
+from modicum.quant.huggingface import quantized_linear
+from modicum.quant.spec import AffineSpec
 
 #: options that change how a method computes; methods without an entry run with their defaults
 VARIANTS = {
@@ -25,6 +27,8 @@ VARIANTS = {
     "qa_hira": [{}, {"pool": 8, "repeat": 1}],
     "qa_lora": [{"pool": 4}],
     "qa_blora": [{"pool": 4, "repeat": 2}, {"pool": 1, "repeat": 3}],
+    "sparse_peft": [{}, {"dropout": 0.5}],
+    "qa_sparse_peft": [{}, {"dropout": 0.5}],
 }
 
 METHODS = [(name, variant) for name in registry.names() for variant in VARIANTS.get(name, [{}])]
@@ -37,8 +41,11 @@ def method_id(case) -> str:
 
 
 def fitted(case, shape: dict) -> dict:
-    """The drawn shape, widened to a multiple of the method's blocks."""
+    """The drawn shape, widened to a multiple of the method's blocks; a low-bit base for methods that train codes."""
     name, variant = case
+    if registry.get(name).on_grid:
+        sizes = {side: -(-shape[side] // 8) * 8 for side in ("in_features", "out_features")}
+        return {**shape, **sizes, "kind": "low-bit"}
     config = registry.config_class(name)(target_modules=["layer"], **variant)
     repeat, pool = getattr(config, "repeat", 1), getattr(config, "pool", 1)
     return {
@@ -64,16 +71,22 @@ class OneLayer(nn.Module):
 
 
 def base_layer(kind: str, in_features: int, out_features: int, dtype: torch.dtype, *, bias: bool, seed: int):
-    """A base layer of the given kind with Gaussian weight and bias."""
+    """A base layer of the given kind with Gaussian weight and bias; a third of the weights are 0."""
     torch.manual_seed(seed)
     layer = (
         nn.Linear(in_features, out_features, bias=bias)
-        if kind == "linear"
+        if kind != "conv1d"
         else Conv1D(out_features, in_features)
     )
     nn.init.normal_(layer.weight, std=in_features**-0.5)
+    pruned = torch.rand(layer.weight.shape) < 1 / 3
+    pruned[0, 0] = False
+    layer.weight.data[pruned] = 0
     if layer.bias is not None:
         nn.init.normal_(layer.bias)
+    if kind == "low-bit":
+        spec = AffineSpec(4, (1, 8), "integer", offset_dtype="float32", residuals=True)
+        layer = quantized_linear(layer.requires_grad_(False), spec)
     return OneLayer(layer.to(dtype))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save
-from tests.models_for_tests import SMALL, bert, llama
+from tests.models_for_tests import SMALL, base_for, bert, llama
 from transformers import LlamaConfig, RobertaConfig
 
 from modicum.adapters import registry
@@ -143,7 +143,9 @@ def test_plan_equals_what_is_trained_and_saved(method, rank, tmp_path):
         dtype="float32",
         options=SMALL.get(method, {}),
     ).rows[0]
-    model = get_peft_model(base, registry.config_class(method)(r=rank, **SMALL.get(method, {})))
+    model = get_peft_model(
+        base_for(method, base), registry.config_class(method)(r=rank, **SMALL.get(method, {}))
+    )
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == row.trained
     model.save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"

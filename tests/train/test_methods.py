@@ -16,7 +16,7 @@ SMALL = {"vera": {"r": 4}, "tiny_lora": {"u": 4}, "psoft": {"r": 4}, "lora_xs": 
 
 @pytest.mark.parametrize("name", method_names())
 def test_every_method_trains_its_own_numbers_only(name):
-    model = load_base(str(llama()))
+    model = models.base_for(name, load_base(str(llama())))
     every = sum(p.numel() for p in model.parameters())
     adapted = apply_method(model, MethodOptions(name=name, **SMALL.get(name, {})), "causal_lm", seed=0)
     counts = trained_values(adapted)

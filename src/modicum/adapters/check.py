@@ -48,12 +48,22 @@ def check_targets(named: Mapping[str, nn.Module], config: AdapterConfig, known: 
             "(embeddings, convolutions and norms go into modules_to_save)"
         )
     misfits = []
+    method = registry.get(config.method)
     for name, module in named.items():
         fmt = format_of(module)
         if fmt is not None:
             out, inner = fmt.shape(module)
-            reason = registry.get(config.method).misfit(inner, out, config.rank_for(name), config)
+            reason = method.misfit(inner, out, config.rank_for(name), config)
             misfits += [f"{name} {(out, inner)}: {reason}"] if reason else []
+    kinds = {name: format_of(module) for name, module in named.items()} if method.on_grid else {}
+    reasons = {name: fmt.grid_fault(named[name]) for name, fmt in kinds.items() if fmt is not None}
+    off_grid = [f"{name} ({reason})" for name, reason in reasons.items() if reason]
+    if off_grid:
+        faults.append(
+            f"{config.method} trains the codes of low-bit layers whose grids hold 0, which {listing(off_grid, 3)} "
+            f"{'is' if len(off_grid) == 1 else 'are'} not: quantize the base with `modicum quantize --zero-point "
+            "integer --keep-zeros --keep-residuals`"
+        )
     if misfits:
         faults.append(
             f"{config.method} does not fit {listing(misfits, 8)}; change its options or exclude the layers"
@@ -64,7 +74,10 @@ def check_targets(named: Mapping[str, nn.Module], config: AdapterConfig, known: 
 
 def check_base(config: AdapterConfig, sites: Mapping[str, Site]) -> str:
     """The base fingerprint of `sites`; refuses an adapter that was trained on another one."""
-    found = bases.base_fingerprint({name: site.digest() for name, site in sites.items()})
+    on_grid = registry.get(config.method).on_grid
+    found = bases.base_fingerprint(
+        {name: site.start_digest() if on_grid else site.digest() for name, site in sites.items()}
+    )
     if config.base_fingerprint not in (None, found):
         dtypes = sorted({str(site.dtype).removeprefix("torch.") for site in sites.values()})
         raise BaseMismatchError(

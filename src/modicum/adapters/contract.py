@@ -36,6 +36,8 @@ class Adapter(nn.Module, abc.ABC):
     tensors: ClassVar[int] = 1
     #: (q, p) when the update is constant on q×p blocks of the weight, which folds into offsets
     block: tuple[int, int] | None = None
+    #: whether the update is whole steps of the grid that the base weight lies on, so that merging changes codes alone
+    on_grid: ClassVar[bool] = False
     #: whether the adapter also runs at ranks below its own, as the prefix of its tensors
     elastic: ClassVar[bool] = False
     #: which part of the layer the active sub-network has, None for all of it; the layer heeds it, not the method
@@ -105,6 +107,10 @@ class Adapter(nn.Module, abc.ABC):
     def block_values(self) -> Tensor:
         """The update of each (q, p) block, (out/q, in/p) float32; for methods whose update has a `block`."""
         raise NotImplementedError(f"{type(self).__name__} has no block")
+
+    def moved_steps(self) -> Tensor:
+        """By how many steps of the base's grid each weight moves, (out, in) float32; for methods `on_grid`."""
+        raise NotImplementedError(f"the update of {type(self).__name__} lies on no grid")
 
     def lora_factors(self) -> tuple[Tensor, Tensor] | None:
         """Factors (B: (out, k), A: (k, in)) with scaling · B A equal to the update, if it is low-rank."""

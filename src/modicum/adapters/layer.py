@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from modicum.adapters import registry
 from modicum.adapters.elastic import put_back, take
 from modicum.adapters.merge import merge, unmerge
-from modicum.errors import ConfigError, InexactMergeError
+from modicum.errors import ConfigError
 
 if TYPE_CHECKING:
     from modicum.adapters.config import AdapterConfig
@@ -150,11 +150,6 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adapters]
         if not names:
             return
-        if any(cast("Adapter", self.adapters[name]).cut for name in names):
-            raise InexactMergeError(
-                f"{self.site.name} runs as part of a narrower sub-network, which a merged weight cannot show: write "
-                "it with `modicum extract`, or activate one of full width"
-            )
         wanted = [*self.merged_adapters, *names]
         merge(self.site, {name: cast("Adapter", self.adapters[name]) for name in wanted})
         self.merged_adapters.extend(names)

@@ -39,6 +39,11 @@ class LowRankAdapter(Adapter, abc.ABC):
         """B (out, k) and A (k, in) of the active rank, views."""
         return self.B[:, : self.active_rank], self.A[: self.active_rank]
 
+    def scaled_factors(self) -> tuple[Tensor, Tensor]:
+        """B (out, k) times the scaling, and A (k, in), of the active rank; float32."""
+        b, a = self.factors()
+        return self.scaling * b.float(), a.float()
+
 
 def uniform(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     """(rows, columns) uniform within ±1/√columns, LoRA's start."""

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from modicum.adapters.basis import LayerFactors, canonical_size, layer_factors
 from modicum.errors import TargetError
+from modicum.ops.affine import pack, unpack
 from modicum.ops.digest import weight_digest
 from modicum.quant.base import BaseFormat, format_of
 
 if TYPE_CHECKING:
     from modicum.adapters.basis import BasisSpec
     from modicum.adapters.config import AdapterConfig
+    from modicum.quant.steps import Steps
 
 
 class LayerBasis(nn.Module):
@@ -78,6 +80,7 @@ class Site:
         self._specs: dict[str, BasisSpec] = {}
         self._given: dict[str | None, tuple[str, LayerFactors]] = {}
         self._digest: str | None = None
+        self._mask: Tensor | None = None
 
     @property
     def bias(self) -> Tensor | None:
@@ -105,11 +108,31 @@ class Site:
             return self.format.saved_weight(self.module, self.saved)
         return self.format.weight(self.module)
 
+    def mask(self, rows: slice) -> Tensor:
+        """Which numbers of some rows of the unmerged weight are not exactly 0, bool (rows, in).
+
+        Read off a dense weight; of any other, which would have to be decoded whole each time, one bit is kept for each.
+        """
+        if self.format.mergeable:
+            return self.weight()[rows] != 0
+        if self._mask is None or self._mask.device != self.device:
+            self._mask = pack((self.weight() != 0).to(torch.uint8), 1)
+        return unpack(self._mask[rows], 1, self.in_features).bool()
+
+    def steps(self) -> Steps:
+        """The unmerged weight as whole steps of its grid; for formats that can be recoded."""
+        return self.format.steps(self.module, self.saved)
+
     def digest(self) -> str:
         """Digest of the unmerged weight rounded to bfloat16, computed once."""
         if self._digest is None:
             self._digest = weight_digest(self.weight())
         return self._digest
+
+    def start_digest(self) -> str:
+        """Digest of where training on the grid starts: the unmerged weight, and what rounding took away of it."""
+        residuals = self.steps().residuals
+        return self.digest() if residuals is None else f"{self.digest()} {weight_digest(residuals)}"
 
     def basis(self, config: AdapterConfig) -> LayerBasis:
         """The shared basis that an adapter of `config` uses here; grown in place when it was too small."""
@@ -142,7 +165,7 @@ class Site:
 
     def fill(self) -> None:
         """Make the bases anew: for a layer that held no numbers (meta device) when it was adapted."""
-        self._digest = None
+        self._digest = self._mask = None
         for key, spec in self._specs.items():
             basis = cast("LayerBasis", self.bases[key])
             basis.set(self._factors(spec, basis.rank), self)

@@ -2,11 +2,12 @@
 
 import contextlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from modicum.cli._common import Advance, JsonFlag, emit, progress, size, table
+from modicum.cli._common import Advance, JsonFlag, emit, progress
+from modicum.cli._shown import quantization
 
 
 def run(  # long: one line or three for each option
@@ -42,6 +43,16 @@ def run(  # long: one line or three for each option
     offset_dtype: Annotated[
         str | None, typer.Option(help="bfloat16 unless set; float32 for integer zero-points.")
     ] = None,
+    keep_zeros: Annotated[
+        bool,
+        typer.Option("--keep-zeros", help="Weights that are 0 stay 0; needs --zero-point integer or none."),
+    ] = False,
+    keep_residuals: Annotated[
+        bool,
+        typer.Option(
+            "--keep-residuals", help="Keep what rounding takes away, for qa_sparse_peft: 8 bits more."
+        ),
+    ] = False,
     head: Annotated[bool, typer.Option("--head", help="The output head too, if it is not tied.")] = False,
     exclude: Annotated[
         list[str] | None, typer.Option(help="Layers that stay as they are: name endings, a regex.")
@@ -69,6 +80,8 @@ def run(  # long: one line or three for each option
         double_quant=double_quant,
         scale_dtype=scale_dtype,
         offset_dtype=offset_dtype,
+        keep_zeros=keep_zeros,
+        keep_residuals=keep_residuals,
         head=head,
         exclude=tuple(exclude or ()),
         calibration=tuple(calibration or ()),
@@ -95,26 +108,4 @@ def run(  # long: one line or three for each option
             dry_run=dry_run,
             progress=advance,
         )
-    emit(report, as_json, _show)
-
-
-def _show(report: Any) -> Any:
-    layers = [
-        [layer.name, "x".join(map(str, layer.shape)), f"{layer.bits_per_weight:.2f}", size(layer.bytes)]
-        + [f"{e:.4f}" if e is not None else "" for e in (layer.weight_error, layer.output_error)]
-        for layer in report.layers
-    ]
-    columns = ["layer", "shape", "bits", "size", "weight error", "output error"]
-    before, after = report.perplexity_before, report.perplexity_after
-    rows = [
-        ["bits per weight", f"{report.bits_per_weight:.3f}"],
-        ["quantized weights", f"{report.quantized_weights:,} ({report.kept_weights:,} stay)"],
-        ["size", f"{size(report.bytes_before)} -> {size(report.bytes_after)}"],
-        *([["perplexity", f"{before:.3f} -> {after:.3f} on {report.evaluation}"]] if before else []),
-        *([["calibrated on", f"{report.calibration}"]] if report.calibration else []),
-        *[["note", note] for note in report.notes],
-        ["output", report.output + (" (nothing written)" if report.dry_run else "")],
-    ]
-    shown = layers if report.dry_run else sorted(layers, key=lambda row: row[5], reverse=True)[:5]
-    title = "layers" if report.dry_run else "layers with the largest output error"
-    return [table("quantize", ["", "what"], rows), table(title, columns, shown)]
+    emit(report, as_json, quantization)

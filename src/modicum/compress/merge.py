@@ -1,8 +1,9 @@
 """An adapter merged into its base model, as one folder, after measuring on real tokens what that costs.
 
 A dense base takes any update, rounded once to the dtype it is written in. A quantized base takes updates that
-are constant on blocks exactly, in its offsets. Every other update to a quantized base becomes a dense model,
-or is quantized again with error feedback (GPTQ) and loses something, which is measured and said.
+are constant on blocks exactly, in its offsets, and such of whole steps of its grid, in its codes. Every other
+update to a quantized base becomes a dense model, or is quantized again with error feedback (GPTQ) and loses
+something, which is measured and said.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from modicum.adapters.layer import AdapterLinear
+from modicum.adapters.merge import check_whole, exact_updates, take, way
 from modicum.adapters.merge_report import MergeReport, merge_error
 from modicum.errors import ConfigError, InexactMergeError, did_you_mean
 from modicum.models.loading import load_tokenizer
@@ -137,22 +139,27 @@ class _Plan:
 def _plan(adapted: PeftModel, batch: Mapping[str, Tensor], dtype: str, *, allow_inexact: bool) -> _Plan:
     """How the adapter on a quantized base is merged; makes the merged layers."""
     layers: dict[str, Any] = {n: m for n, m in adapted.named_modules() if isinstance(m, BaseTunerLayer)}
+    ours = {name: layer for name, layer in layers.items() if isinstance(layer, AdapterLinear)}
+    for layer in ours.values():
+        check_whole(layer.site, _active(layer))
     if dtype != "auto":
         kind = DTYPES[dtype]
         return _Plan({name: _dense(layer, kind) for name, layer in layers.items()}, kind, dtype)
-    if all(_folds(layer) for layer in layers.values()):
+    exact = {n for n, layer in ours.items() if way(layer.site, _active(layer)) in {"fold", "recode"}}
+    inexact = [name for name in layers if name not in exact]
+    if not inexact:
         bits = sorted({layer.get_base_layer().spec.bits for layer in layers.values()})
-        folded: dict[str, Any] = {name: _folded(layer) for name, layer in layers.items()}
+        merged: dict[str, Any] = {name: _merged(layer) for name, layer in ours.items()}
         kept = f"{'/'.join(map(str, bits))}-bit affine"
-        pairs = [(layers[name].get_base_layer(), layer) for name, layer in folded.items()]
-        return _Plan(folded, None, kept, _losses(pairs))
+        pairs = [(layers[name].get_base_layer(), layer) for name, layer in merged.items()]
+        return _Plan(merged, None, kept, _losses(pairs))
     if not allow_inexact:
-        first = next(name for name, layer in layers.items() if not _folds(layer))
+        first = inexact[0]
         raise InexactMergeError(
             f"the low-bit weight of {first.removeprefix('base_model.model.')} cannot take this adapter exactly: its "
             "update is not constant on blocks, or the format has no offsets. Merge into a dense model with --dtype "
-            "bfloat16, quantize again with --allow-inexact, or train q_bara, qa_hira, qa_lora or qa_blora on a base "
-            "from `modicum quantize`. Nothing was written"
+            "bfloat16, quantize again with --allow-inexact, or train q_bara, qa_hira, qa_lora, qa_blora or "
+            "qa_sparse_peft on a base from `modicum quantize`. Nothing was written"
         )
     return _Plan(_requantized(adapted, layers, batch), None, "low-bit, quantized again")
 
@@ -164,24 +171,21 @@ def _quantized(model: nn.Module) -> bool:
     )
 
 
-def _folds(layer: Any) -> bool:
-    if not isinstance(layer, AdapterLinear) or not layer.site.format.foldable:
-        return False
-    return all(
-        layer.adapters[name].block is not None for name in layer.active_adapters if name in layer.adapters
-    )
+def _active(layer: AdapterLinear) -> dict[str, Any]:
+    return {name: layer.adapters[name] for name in layer.active_adapters if name in layer.adapters}
 
 
 @torch.no_grad()
-def _folded(layer: AdapterLinear) -> nn.Module:
-    """A layer that shares codes and scales with the base layer and has the update in its offsets."""
+def _merged(layer: AdapterLinear) -> nn.Module:
+    """A layer that shares with the base layer what the merge does not change."""
     base: Any = layer.get_base_layer()
     base.unpack_layout()
     merged = copy.copy(base)
     merged._buffers, merged._parameters = dict(base._buffers), dict(base._parameters)  # noqa: SLF001 - a copy
-    for name in layer.active_adapters:
-        adapter: Any = layer.adapters[name]
-        layer.site.format.fold(merged, adapter.block_values(), adapter.block)
+    adapters = _active(layer)
+    chosen = way(layer.site, adapters)
+    assert chosen is not None
+    take(layer.site, merged, exact_updates(layer.site, adapters, chosen))
     return merged
 
 
@@ -192,7 +196,11 @@ def _losses(pairs: Sequence[tuple[AffineLinear, AffineLinear]]) -> dict[str, flo
     size = 0.0
     for before, after in pairs:
         scales, offsets = after.grid()
-        if offsets is None or after.block_offsets is not before.block_offsets:
+        if (
+            offsets is None
+            or after.offsets is before.offsets
+            or after.block_offsets is not before.block_offsets
+        ):
             continue
         old = before.grid().offsets
         update = offsets - (0.0 if old is None else old.float())
@@ -256,7 +264,9 @@ def _requantized(
         for name in chosen:
             base = layers[name].get_base_layer()
             spec = base.spec if isinstance(base, AffineLinear) else _FALLBACK
-            spec = _fitting(replace(spec, offset_block=None), base.out_features, base.in_features)
+            spec = _fitting(
+                replace(spec, offset_block=None, residuals=False), base.out_features, base.in_features
+            )
             found = gptq(
                 _merged_weight(layers[name]),
                 hessians[name].matrix(),
@@ -306,6 +316,8 @@ def _installed(adapted: PeftModel, plan: _Plan) -> Any:
     tuner: Any = adapted.base_model
     model = tuner.unload()
     for name, module in list(model.named_modules()):
+        if isinstance(module, AffineLinear):
+            module.drop_residuals()
         fmt = format_of(module) if isinstance(module, nn.Linear) else None
         if fmt is None or fmt.mergeable or (plan.dtype is None and isinstance(module, AffineLinear)):
             continue

@@ -30,15 +30,15 @@ from modicum.compress.quantize_report import (
     bits_of,
     perplexity,
 )
+from modicum.compress.rounding import Rounded, rounded
 from modicum.compress.source import Linear, Source
 from modicum.compress.streaming import Stack, watching
 from modicum.compress.work import Work
 from modicum.compress.writing import write_folder
 from modicum.errors import ConfigError, ModicumError
-from modicum.ops.affine import Grid, decode, encode, fit_grid, pack, unpack
-from modicum.ops.gptq import Hessian, gptq
+from modicum.ops.affine import Grid, decode, pack, unpack
+from modicum.ops.gptq import Hessian
 from modicum.quant.huggingface import AffineConfig
-from modicum.quant.spec import DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -213,31 +213,26 @@ class _Job:
     ) -> tuple[dict[str, Tensor], LayerReport]:
         """What is stored of a layer, and its report; `module` gets the quantized weight."""
         started, spec, weight = time.monotonic(), self.options.spec, self.source.weight(linear).float()
-        fitting: dict[str, Any] = {
-            "zero_point": spec.zero_point,
-            "clip": self.options.fitting,
-            "scale_dtype": DTYPES[spec.scale_dtype],
-            "offset_dtype": DTYPES[spec.offset_dtype],
-        }
-        if hessian is None:
-            grid = fit_grid(weight, spec.bits, spec.block, **fitting)
-            codes = encode(weight, grid, spec.bits, spec.block)
-        else:
-            fitting |= {"act_order": self.options.act_order, "damping": self.options.damping}
-            try:
-                codes, grid, _ = gptq(weight, hessian, spec.bits, spec.block, **fitting)
-            except ConfigError as error:
-                raise ConfigError(f"{linear.name}: {error}") from error
-        value = decode(codes, grid, spec.bits, spec.block)
+        try:
+            found = rounded(weight, hessian, self.options)
+        except ConfigError as error:
+            raise ConfigError(f"{linear.name}: {error}") from error
+        value = decode(found.codes, found.grid, spec.bits, spec.block)
         lost, whole = (
             float(torch.linalg.vector_norm(m, dtype=torch.float64)) for m in (weight - value, weight)
         )
-        error = lost / whole if whole else 0.0
+        zeros = weight == 0
         if module is not None:
             module.weight = nn.Parameter(value, requires_grad=False)
-        report = LayerReport.planned(linear.name, linear.shape, spec)
-        about = {**asdict(report), "weight_error": error, "seconds": round(time.monotonic() - started, 4)}
-        return _stored(linear, pack(codes, spec.bits), grid), LayerReport.read(about)
+        about = {
+            **asdict(LayerReport.planned(linear.name, linear.shape, spec)),
+            "weight_error": lost / whole if whole else 0.0,
+            "zeros": int(zeros.sum()),
+            "sparsity": float(zeros.float().mean()),
+            "zeros_kept": int((zeros & (value == 0)).sum()),
+            "seconds": round(time.monotonic() - started, 4),
+        }
+        return _stored(linear, spec.bits, found), LayerReport.read(about)
 
     def _keep(
         self,
@@ -313,11 +308,14 @@ def _entered(stack: Stack, texts: Texts, most: int | None = None) -> dict[str, T
     return streams
 
 
-def _stored(linear: Linear, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
-    tensors = {f"{linear.stored}.codes": codes, f"{linear.stored}.scales": grid.scales}
-    if grid.offsets is not None:
-        tensors[f"{linear.stored}.offsets"] = grid.offsets
-    return tensors
+def _stored(linear: Linear, bits: int, found: Rounded) -> dict[str, Tensor]:
+    tensors = {
+        "codes": pack(found.codes, bits),
+        "scales": found.grid.scales,
+        "offsets": found.grid.offsets,
+        "residuals": found.residuals,
+    }
+    return {f"{linear.stored}.{name}": tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def _identity(source: Source, plan: Plan) -> dict[str, Any]:
@@ -341,6 +339,7 @@ def _config(plan: Plan) -> dict[str, Any]:
         zero_point=spec.zero_point,
         scale_dtype=spec.scale_dtype,
         offset_dtype=spec.offset_dtype,
+        residuals=spec.residuals,
         algorithm=plan.options.algorithm,
         modules_to_not_convert=plan.dense,
     ).to_dict()
@@ -368,6 +367,8 @@ def _report(
         bytes_before=before,
         bytes_after=before - sum(sizes[key][1] for key in replaced) + sum(layer.bytes for layer in layers),
         layers=layers,
+        zeros=sum(layer.zeros for layer in layers),
+        zeros_kept=sum(layer.zeros_kept for layer in layers),
         calibration=None if calibration is None else calibration.source,
         calibration_tokens=0 if calibration is None else calibration.ids.numel(),
         evaluation=None if evaluation is None else evaluation.source,

@@ -44,6 +44,10 @@ class QuantizeOptions:
     scale_dtype: str = "bfloat16"
     #: bfloat16, or float32 for integer zero-points, when unset
     offset_dtype: str | None = None
+    #: whether weights that are exactly 0 in the checkpoint stay exactly 0; needs 0 on the grid
+    keep_zeros: bool = False
+    #: whether what rounding takes away of each weight is kept beside the codes, 8 bits more, for `qa_sparse_peft`
+    keep_residuals: bool = False
     #: whether the output head is quantized too (causal language models whose head is not the embedding)
     head: bool = False
     #: layers that stay as they are: name endings or regular expressions
@@ -66,7 +70,13 @@ class QuantizeOptions:
         """How a layer is stored."""
         offsets = self.offset_dtype or ("float32" if self.zero_point == "integer" else "bfloat16")
         block = self.block or (1, self.group_size)
-        return AffineSpec(self.bits, block, self.zero_point, self.scale_dtype, offsets)  # pyright: ignore[reportArgumentType] - checked
+        grid: Any = self.bits, block, self.zero_point, self.scale_dtype, offsets
+        return AffineSpec(*grid, residuals=self.keep_residuals and not self._misses_zero)
+
+    @property
+    def _misses_zero(self) -> bool:
+        """Whether 0 is not on the grid."""
+        return self.zero_point not in {"integer", "none"}
 
     @property
     def fitting(self) -> str:
@@ -91,6 +101,7 @@ class QuantizeOptions:
                 f"head: {self.algorithm} is bitsandbytes' own format, which keeps the output head in full precision; "
                 "gptq, mse and rtn quantize it"
             )
+        faults += self._zero_faults()
         if not 0 <= self.damping < math.inf:
             faults.append(f"damping = {self.damping}, must be at least 0")
         for name, least in (("sequences", 1), ("sequence_length", 2), ("eval_sequences", 0)):
@@ -101,6 +112,16 @@ class QuantizeOptions:
         # a 1 x 1 layer whose blocks fit tells faults of the options from those of a shape
         q, p = self.spec.block
         return faults + (self.spec.faults(q, p) if min(q, p) > 0 else [f"block = {(q, p)}, must be positive"])
+
+    def _zero_faults(self) -> list[str]:
+        asked = " and ".join(name for name in ("keep_zeros", "keep_residuals") if getattr(self, name))
+        if asked and self.algorithm in FOREIGN:
+            return [f"{asked}: an option of gptq, mse and rtn, not of {self.algorithm}"]
+        if asked and self._misses_zero:
+            return [
+                f"{asked}: needs grids that hold 0, zero_point = 'integer' or 'none', not {self.zero_point!r}"
+            ]
+        return []
 
     def as_json(self) -> dict[str, Any]:
         """The options in plain JSON types."""
@@ -122,13 +143,17 @@ class LayerReport:
     #: (out, in)
     shape: tuple[int, int]
     bits_per_weight: float
-    #: bytes of codes, scales and offsets
+    #: bytes of codes, scales, offsets and residuals
     bytes: int
     #: ‖W − Ŵ‖ / ‖W‖ (Frobenius); None in a plan
     weight_error: float | None = None
     #: ‖(W − Ŵ) X‖ / ‖W X‖ on inputs X that the quantized layer meets; None where no text was run
     output_error: float | None = None
     seconds: float = 0.0
+    #: weights that are exactly 0 in the checkpoint, their share, and how many of them still are
+    zeros: int = 0
+    sparsity: float = 0.0
+    zeros_kept: int = 0
 
     @classmethod
     def planned(cls, name: str, shape: tuple[int, int], spec: AffineSpec) -> LayerReport:
@@ -150,7 +175,7 @@ class QuantizationReport:
     output: str
     #: algorithm, bits, block, texts and all other options
     options: dict[str, Any]
-    #: bits per quantized weight: codes, scales and offsets
+    #: bits per quantized weight: codes, scales, offsets and residuals
     bits_per_weight: float
     #: numbers that were quantized, and that stay as they are (embeddings, norms, biases, the head unless asked for)
     quantized_weights: int
@@ -169,6 +194,9 @@ class QuantizationReport:
     perplexity_after: float | None = None
     #: wall time of this run, which may have been a resumed one
     seconds: float = 0.0
+    #: quantized weights that are exactly 0 in the checkpoint, and how many of them still are
+    zeros: int = 0
+    zeros_kept: int = 0
     notes: list[str] = field(default_factory=list)
     dry_run: bool = False
     modicum_version: str = ""

@@ -21,8 +21,11 @@ BITS = (2, 3, 4, 8)
 Clip = Literal["minmax", "mse"]
 ZeroPoint = Literal["float", "integer", "none"]
 
-#: widths of the bit planes that codes are cut into: 3 bits are 2 + 1
-_PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+#: the residual of a weight that is pruned
+PRUNED = -128
+
+#: widths of the bit planes that codes are cut into: 3 bits are 2 + 1; one bit is for masks
+_PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 #: shrink factors that the search for the least squared error tries
 _SHRINK = torch.linspace(1.0, 0.4, 25)
 
@@ -117,6 +120,24 @@ def zero_points(grid: Grid, bits: int) -> Tensor:
     if grid.offsets is None:
         return torch.full_like(grid.scales, middle(bits), dtype=torch.float32)
     return middle(bits) - grid.offsets.float() / grid.scales.float()
+
+
+@torch.no_grad()
+def left_over(weight: Tensor, codes: Tensor, grid: Grid, bits: int, block: tuple[int, int]) -> Tensor:
+    """What rounding the (out, in) `weight` to `codes` took away, in steps: (w − ŵ) / s, float32."""
+    left = weight.float() - decode(codes, grid, bits, block)
+    return left.div_(spread(grid.scales.float(), block))
+
+
+@torch.no_grad()
+def residuals(left: Tensor, kept: Tensor | None = None) -> Tensor:
+    """What rounding took away, int8 in 1/256 of a step; `PRUNED` where `kept` is False.
+
+    `left` is what was to be rounded minus its value on the grid, in steps. It is held within ±127/256, so that
+    value and residual together round to the same code again, also where a code ran into the end of its range.
+    """
+    fractions = (left * 256).round_().clamp_(-127, 127).to(torch.int8)
+    return fractions if kept is None else fractions.masked_fill_(~kept, PRUNED)
 
 
 def packed_width(columns: int, bits: int) -> int:

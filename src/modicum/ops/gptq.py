@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from modicum.errors import ConfigError
-from modicum.ops.affine import Clip, Grid, ZeroPoint, fit_grid, middle
+from modicum.ops.affine import Clip, Grid, ZeroPoint, fit_grid, middle, residuals
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,6 +42,8 @@ class Quantized(NamedTuple):
     grid: Grid
     #: tr((W − Ŵ) H (W − Ŵ)ᵀ) with the damped H
     loss: float
+    #: what rounding took away of the corrected weights, as `affine.residuals`; None unless asked for
+    residuals: Tensor | None = None
 
 
 class Hessian:
@@ -87,6 +89,7 @@ def gptq(
     damping: float = 0.01,
     blocksize: int = 128,
     mask: Tensor | None = None,
+    keep_residuals: bool = False,
 ) -> Quantized:
     """Codes and grid of the (out, in) `weight` for inputs with the `hessian` (in, in), and the loss that is left.
 
@@ -96,7 +99,7 @@ def gptq(
     `damping` is the part of the mean diagonal that is added to it, tenfold until the matrix is positive definite.
     Columns without any input are rounded to nearest. `mask` (out, in), True = keep, holds pruned weights at
     exactly 0 while their errors are made up for as well; 0 must be on the grid: `zero_point` "integer" with
-    float32 offsets, or "none".
+    float32 offsets, or "none". `keep_residuals` also gives what was left over of each weight when it was rounded.
 
     Raises:
         ConfigError: 0 is not on the grid of a masked weight, or the Hessian cannot be factored.
@@ -115,6 +118,8 @@ def gptq(
     factor = _factor(hessian, order, damping)
     fit = _Fit(bits, block, zero_point, clip, scale_dtype, offset_dtype, diagonal if clip == "mse" else None)
     columns = _Columns(w, factor, fit, order, mask)
+    if keep_residuals:
+        columns.residuals = torch.empty(w.T.shape, dtype=torch.int8, device=w.device)
     for start, end in _panels(w.shape[1], block[1], blocksize):
         columns.quantize(start, end)
     return columns.result()
@@ -162,6 +167,8 @@ class _Columns:
         self.target = self.original.clone()
         self.keep = None if mask is None else _ordered(mask.T, order)
         self.codes = torch.empty(w.T.shape, dtype=torch.uint8, device=w.device)
+        #: (in, out) int8, where they are wanted
+        self.residuals: Tensor | None = None
         self.loss = 0.0
         shape = (w.shape[1] // fit.block[1], w.shape[0] // fit.block[0])
         #: (in/p, out/q)
@@ -194,6 +201,7 @@ class _Columns:
                     value = self._round(column, target)
                     torch.sub(self.original[column], value, out=error[column - start])
                     torch.sub(target, value, out=left[column - start])
+                    self._keep_residual(column, left[column - start])
         norms = torch.linalg.vector_norm(left, dim=1) * self.steps[start:end]
         self.loss += float(norms.double().square().sum())
         self.target[end:].addmm_(self.feedback[start:end, end:].T, error)
@@ -211,6 +219,12 @@ class _Columns:
         self.codes[place] = steps + mid
         value = steps.mul_(scale)
         return value if offset is None else value.add_(offset)
+
+    def _keep_residual(self, column: int, left: Tensor) -> None:
+        if self.residuals is not None:
+            place = column if self.places is None else self.places[column]
+            scale, _ = self._grid_of(place // self.fit.block[1])
+            self.residuals[place] = residuals(left / scale, None if self.keep is None else self.keep[column])
 
     def _fit_block(self, first: int, last: int, error: Tensor, start: int) -> None:
         """Fit the grid of the block of columns that starts at `first` to the weights as they stand."""
@@ -249,7 +263,9 @@ class _Columns:
 
     def result(self) -> Quantized:
         offsets = None if self.offsets is None else self.offsets.T.contiguous()
-        return Quantized(self.codes.T.contiguous(), Grid(self.scales.T.contiguous(), offsets), self.loss)
+        grid = Grid(self.scales.T.contiguous(), offsets)
+        left = None if self.residuals is None else self.residuals.T.contiguous()
+        return Quantized(self.codes.T.contiguous(), grid, self.loss, left)
 
 
 def _factor(hessian: Tensor, order: Tensor | None, damping: float) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast, final
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from modicum.quant import int4pack
 from modicum.quant.base import BaseFormat
 from modicum.quant.matmul import linear
 from modicum.quant.spec import DTYPES, AffineSpec
+from modicum.quant.steps import Steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,14 +31,15 @@ _NO_ASSIGNMENT = (
 class AffineLinear(nn.Linear):
     """A linear layer with the frozen weight ŵ = s (c − 2^(bits−1)) + o; gradients pass to its input only.
 
-    Buffers: `codes`, `scales`, `offsets`, `block_offsets` (absent ones None). The number type of the layer's
-    input decides the one it computes in; `.to(dtype)` leaves the buffers as they are.
+    Buffers: `codes`, `scales`, `offsets`, `block_offsets`, `residuals` (absent ones None). The number type of the
+    layer's input decides the one it computes in; `.to(dtype)` leaves the buffers as they are.
     """
 
     codes: Tensor
     scales: Tensor
     offsets: Tensor | None
     block_offsets: Tensor | None
+    residuals: Tensor | None
     _like: Tensor
 
     def __init__(
@@ -70,6 +72,10 @@ class AffineLinear(nn.Linear):
             rows, columns = spec.offset_block
             extra = torch.zeros(out_features // rows, in_features // columns, device=device)
         self.register_buffer("block_offsets", extra)
+        left = None
+        if spec.residuals:
+            left = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
+        self.register_buffer("residuals", left)
         # follows `.to(dtype)` like a weight would
         self.register_buffer(
             "_like", torch.empty(0, dtype=dtype or torch.get_default_dtype(), device=device), persistent=False
@@ -86,11 +92,13 @@ class AffineLinear(nn.Linear):
         spec: AffineSpec,
         bias: Tensor | None = None,
         dtype: torch.dtype | None = None,
+        residuals: Tensor | None = None,
     ) -> AffineLinear:
-        """A layer of unpacked codes (out, in) uint8 and their grid."""
+        """A layer of unpacked codes (out, in) uint8, their grid, and the residuals where the spec has them."""
         layer = cls(codes.shape[1], codes.shape[0], spec, bias is not None, dtype, "meta")
         layer.codes = pack(codes, spec.bits)
         layer.set_grid(grid)
+        layer.residuals = residuals
         layer._like = torch.empty(0, dtype=layer._like.dtype, device=codes.device)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().to(layer._like.dtype).clone(), requires_grad=False)
@@ -143,6 +151,10 @@ class AffineLinear(nn.Linear):
         self.unpack_layout()
         self.scales = grid.scales.to(DTYPES[self.spec.scale_dtype])
         self.offsets = None if grid.offsets is None else grid.offsets.to(DTYPES[self.spec.offset_dtype])
+
+    def drop_residuals(self) -> None:
+        """Forget what rounding took away, in place: it was for training, and means nothing once codes have moved."""
+        self.residuals, self.spec = None, replace(self.spec, residuals=False)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name for it
         """The product of the input with ŵᵀ, plus the bias; shape (*batch, out)."""
@@ -260,6 +272,7 @@ class Affine(BaseFormat):
 
     name = "affine"
     foldable = True
+    recodable = True
 
     def matches(self, module: nn.Module) -> bool:
         """Whether `module` is an `AffineLinear`."""
@@ -286,26 +299,73 @@ class Affine(BaseFormat):
         """Add the update to the offsets; codes and scales stay. Exact up to one float32 rounding of the offset."""
         fold(cast("AffineLinear", module), values, block)
 
-    def snapshot(self, module: nn.Module) -> tuple[AffineSpec, Tensor | None, Tensor | None]:
-        """The spec and both kinds of offsets; all that `fold` changes."""
-        layer = cast("AffineLinear", module)
-        return layer.spec, layer.grid().offsets, layer.block_offsets
+    def grid_fault(self, module: nn.Module) -> str | None:
+        """Why the weight is not whole steps of grids through 0: offsets that are no multiples of the scales."""
+        spec = cast("AffineLinear", module).spec
+        if spec.offset_block is not None:
+            return "a merge has left it offsets of its own"
+        return "its zero-points are no whole numbers" if spec.zero_point == "float" else None
 
-    def restore(self, module: nn.Module, saved: tuple[AffineSpec, Tensor | None, Tensor | None]) -> None:
-        """Put spec and offsets back."""
+    def steps(self, module: nn.Module, saved: _Saved | None = None) -> Steps:
+        """The weight as whole steps; decodes nothing yet."""
+        layer = cast("AffineLinear", module)
+        spec, residuals = (layer.spec, layer.residuals) if saved is None else (saved.spec, saved.residuals)
+        if saved is None or saved.codes is None:
+            codes, packed = layer.codes, layer.packed
+        else:
+            codes, packed = saved.codes, False
+        grid = layer.grid() if saved is None else Grid(layer.grid().scales, saved.offsets)
+        return Steps(codes, grid, spec.bits, spec.block, residuals, packed=packed)
+
+    def recode(self, module: nn.Module, moved: Tensor) -> None:
+        """Move the codes; scales and offsets stay bit for bit, residuals are dropped."""
+        layer = cast("AffineLinear", module)
+        codes = layer.unpacked_codes().to(torch.int16) + moved.to(torch.int16)
+        if int(codes.min()) < 0 or int(codes.max()) >= 2**layer.spec.bits:
+            raise InexactMergeError("together the updates lead beyond the grid; merge one adapter alone")
+        layer.unpack_layout()
+        layer.codes = pack(codes.to(torch.uint8), layer.spec.bits)
+        layer.drop_residuals()
+
+    def snapshot(self, module: nn.Module, *, codes: bool = False) -> _Saved:
+        """All that `fold` changes, and the codes if they are going to change too."""
+        layer = cast("AffineLinear", module)
+        if codes:
+            layer.unpack_layout()
+        kept = layer.codes if codes else None
+        return _Saved(layer.spec, layer.grid().offsets, layer.block_offsets, layer.residuals, kept)
+
+    def restore(self, module: nn.Module, saved: _Saved) -> None:
+        """Put everything back."""
         layer = cast("AffineLinear", module)
         layer.unpack_layout()
-        layer.spec, layer.offsets, layer.block_offsets = saved
+        layer.spec, layer.offsets, layer.block_offsets, layer.residuals = saved[:4]
+        if saved.codes is not None:
+            layer.codes = saved.codes
 
-    def saved_weight(
-        self, module: nn.Module, saved: tuple[AffineSpec, Tensor | None, Tensor | None]
-    ) -> Tensor:
-        """The weight with the offsets of the snapshot."""
-        layer, (spec, offsets, block_offsets) = cast("AffineLinear", module), saved
-        weight = decode(layer.unpacked_codes(), Grid(layer.grid().scales, offsets), spec.bits, spec.block)
-        if block_offsets is not None and spec.offset_block is not None:
-            weight += spread(block_offsets, spec.offset_block)
+    def saved_weight(self, module: nn.Module, saved: _Saved) -> Tensor:
+        """The weight with the offsets, and the codes, of the snapshot."""
+        layer, spec = cast("AffineLinear", module), saved.spec
+        codes = (
+            layer.unpacked_codes()
+            if saved.codes is None
+            else unpack(saved.codes, spec.bits, layer.in_features)
+        )
+        weight = decode(codes, Grid(layer.grid().scales, saved.offsets), spec.bits, spec.block)
+        if saved.block_offsets is not None and spec.offset_block is not None:
+            weight += spread(saved.block_offsets, spec.offset_block)
         return weight
+
+
+class _Saved(NamedTuple):
+    """What undoes merges into an `AffineLinear`."""
+
+    spec: AffineSpec
+    offsets: Tensor | None
+    block_offsets: Tensor | None
+    residuals: Tensor | None
+    #: in the layout on disk; None where merges leave the codes alone
+    codes: Tensor | None
 
 
 def fold(layer: AffineLinear, values: Tensor, block: tuple[int, int]) -> None:
@@ -315,6 +375,7 @@ def fold(layer: AffineLinear, values: Tensor, block: tuple[int, int]) -> None:
     joins) the additional `block_offsets`. Exact up to one float32 rounding of the offset.
     """
     layer.unpack_layout()
+    layer.drop_residuals()
     spec, values = layer.spec, values.detach().float()
     (q, p), (rows, columns) = block, spec.block
     if q % rows == 0 and p % columns == 0:

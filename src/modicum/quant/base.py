@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from modicum.quant.steps import Steps
+
 
 class BaseFormat(abc.ABC):
     """One way of storing the weight of a linear layer."""
@@ -29,6 +31,8 @@ class BaseFormat(abc.ABC):
     mergeable: bool = False
     #: whether `fold` takes updates that are constant on blocks, exactly
     foldable: bool = False
+    #: whether `recode` takes updates of whole steps, exactly, where `grid_fault` finds nothing
+    recodable: bool = False
     #: the `quant_method` that config.json of a checkpoint in this format names
     quant_method: str | None = None
 
@@ -75,8 +79,35 @@ class BaseFormat(abc.ABC):
             f"a {self.name} weight ({type(module).__name__}) has no offsets to fold an update into"
         )
 
-    def snapshot(self, module: nn.Module) -> Any:
-        """What `restore` and `saved_weight` need to undo merges bit for bit; shares memory, costs nothing."""
+    def grid_fault(self, module: nn.Module) -> str | None:
+        """Why the weight of `module` is not whole steps of grids through 0; None if it is."""
+        del module
+        return f"it is stored as {self.name}"
+
+    def steps(self, module: nn.Module, saved: Any = None) -> Steps:
+        """The weight as whole steps of its grid, as it was at the snapshot `saved` if there is one.
+
+        Raises:
+            InexactMergeError: it lies on no such grid.
+        """
+        del saved
+        raise InexactMergeError(f"a {type(module).__name__} has no codes: {self.grid_fault(module)}")
+
+    def recode(self, module: nn.Module, moved: Tensor) -> None:
+        """Move each weight by `moved` (out, in) whole steps in place, exactly; codes change and nothing else.
+
+        Raises:
+            InexactMergeError: this format cannot take it, or a weight would leave its grid; nothing was changed.
+        """
+        del moved
+        raise InexactMergeError(f"a {type(module).__name__} has no codes: {self.grid_fault(module)}")
+
+    def snapshot(self, module: nn.Module, *, codes: bool = False) -> Any:
+        """What `restore` and `saved_weight` need to undo merges bit for bit; shares memory, costs nothing.
+
+        `codes`: whether codes are going to change as well.
+        """
+        del codes
         return self.weight(module)
 
     def restore(self, module: nn.Module, saved: Any) -> None:

@@ -15,7 +15,7 @@ from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from modicum.errors import ConfigError, CorruptAdapterError, did_you_mean, listing
-from modicum.ops.affine import encode, fit_grid
+from modicum.ops.affine import encode, fit_grid, left_over, residuals
 from modicum.quant.affine import AffineLinear
 from modicum.quant.spec import DTYPES, AffineSpec
 
@@ -39,6 +39,7 @@ class AffineConfig(QuantizationConfigMixin):
         scale_dtype: number type of the scales.
         offset_dtype: number type of the offsets; float32 for integer zero-points, else bfloat16, when unset.
         offset_block: blocks of additional offsets, which merges leave behind.
+        residuals: whether what rounding took away of each weight is kept, for `qa_sparse_peft`; 8 bits per weight.
         algorithm: how the codes were found; information only.
         modules_to_not_convert: names of linear layers that stay as they are.
         layers: layer name -> options that differ from the above.
@@ -57,6 +58,7 @@ class AffineConfig(QuantizationConfigMixin):
         scale_dtype: str = "bfloat16",
         offset_dtype: str | None = None,
         offset_block: Sequence[int] | None = None,
+        residuals: bool = False,
         algorithm: str = "rtn",
         modules_to_not_convert: Sequence[str] | None = None,
         layers: Mapping[str, Mapping[str, Any]] | None = None,
@@ -66,7 +68,7 @@ class AffineConfig(QuantizationConfigMixin):
         others.pop("quant_method", None)
         if others:
             known = ["bits", "group_size", "block", "zero_point", "scale_dtype", "offset_dtype", "layers"]
-            known += ["offset_block", "algorithm", "modules_to_not_convert"]
+            known += ["offset_block", "residuals", "algorithm", "modules_to_not_convert"]
             raise ConfigError(
                 "quantization_config has no option "
                 + "; ".join(f"{name!r}{did_you_mean(name, known)}" for name in others)
@@ -82,7 +84,7 @@ class AffineConfig(QuantizationConfigMixin):
         self.block = [1, group_size] if block is None else list(block)
         self.offset_dtype = offset_dtype or ("float32" if zero_point == "integer" else "bfloat16")
         self.offset_block = None if offset_block is None else list(offset_block)
-        self.algorithm = algorithm
+        self.residuals, self.algorithm = residuals, algorithm
         self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
         self.layers = {name: dict(options) for name, options in (layers or {}).items()}
         wrong = sorted({key for options in self.layers.values() for key in options} - set(_SPEC))
@@ -211,7 +213,7 @@ def quantize_linears(model: nn.Module, config: AffineConfig, clip: Any = "minmax
 
 @torch.no_grad()
 def quantized_linear(linear: nn.Linear, spec: AffineSpec, clip: Any = "minmax") -> AffineLinear:
-    """The layer `linear` rounded to the nearest codes of its own grid."""
+    """The layer `linear` rounded to the nearest codes of its own grid; weights of 0 count as pruned in residuals."""
     grid = fit_grid(
         linear.weight,
         spec.bits,
@@ -222,7 +224,11 @@ def quantized_linear(linear: nn.Linear, spec: AffineSpec, clip: Any = "minmax") 
         offset_dtype=DTYPES[spec.offset_dtype],
     )
     codes = encode(linear.weight, grid, spec.bits, spec.block)
-    return AffineLinear.from_quantized(codes, grid, spec, linear.bias, linear.weight.dtype)
+    left = None
+    if spec.residuals:
+        kept = linear.weight != 0
+        left = residuals(left_over(linear.weight, codes, grid, spec.bits, spec.block), kept)
+    return AffineLinear.from_quantized(codes, grid, spec, linear.bias, linear.weight.dtype, left)
 
 
 def dense_linear(layer: AffineLinear, dtype: torch.dtype) -> nn.Linear:

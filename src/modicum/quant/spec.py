@@ -25,6 +25,8 @@ class AffineSpec:
     offset_dtype: str = "bfloat16"
     #: (q', p') of the additional offsets that a merge has left, None without
     offset_block: tuple[int, int] | None = None
+    #: whether what rounding took away of each weight is kept beside the codes, one byte each
+    residuals: bool = False
 
     def faults(self, out_features: int, in_features: int) -> list[str]:
         """What is wrong with storing an (out, in) weight this way; empty if fine."""
@@ -41,6 +43,8 @@ class AffineSpec:
         if self.zero_point == "integer" and self.offset_dtype != "float32":
             # s · z has more digits than 16 bits hold
             faults.append(f"zero_point = 'integer' needs offset_dtype = 'float32', not {self.offset_dtype!r}")
+        if self.residuals and self.zero_point == "float":
+            faults.append("residuals need 0 on the grid: zero_point = 'integer' or 'none', not 'float'")
         for block in (self.block, self.offset_block or (1, 1)):
             faults += [
                 f"blocks of {size} {what} do not divide {features}; sizes that do: {divisors(features)}"
@@ -53,7 +57,7 @@ class AffineSpec:
         return faults
 
     def bits_per_weight(self, out_features: int, in_features: int) -> float:
-        """Bits stored for each weight: codes, scales and offsets."""
+        """Bits stored for each weight: codes, scales, offsets and residuals."""
         total = 8 * out_features * packed_width(in_features, self.bits)
         blocks = out_features * in_features // math.prod(self.block)
         total += blocks * 8 * DTYPES[self.scale_dtype].itemsize
@@ -61,6 +65,8 @@ class AffineSpec:
             total += blocks * 8 * DTYPES[self.offset_dtype].itemsize
         if self.offset_block is not None:
             total += out_features * in_features // math.prod(self.offset_block) * 32
+        if self.residuals:
+            total += 8 * out_features * in_features
         return total / (out_features * in_features)
 
 

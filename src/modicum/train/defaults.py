@@ -38,6 +38,9 @@ RATES: dict[str, Rate] = {
     "qa_hira": Rate(2e-4, 4e-4, "as Q-BaRA, arXiv 2407.17029"),
     "qa_lora": Rate(2e-4, 4e-4, "as LoRA, arXiv 2309.14717 uses 2e-5 to 2e-4"),
     "qa_blora": Rate(2e-4, 4e-4, "as QA-LoRA"),
+    "elastic_lora": Rate(3e-4, 3e-4, "arXiv 2404.10934 and 2410.03750 train all their adapters with 3e-4"),
+    "sparse_peft": Rate(3e-4, 3e-4, "arXiv 2410.03750"),
+    "qa_sparse_peft": Rate(3e-4, 3e-4, "arXiv 2410.03750"),
     "full": Rate(2e-5, 2e-5, "the usual rate for fine-tuning all weights with Adam"),
 }
 FALLBACK = Rate(2e-4, 4e-4, "as LoRA")
