@@ -6,7 +6,12 @@ import pytest
 import torch
 from tests import small_checkpoints as small
 
-from modicum.compress.calibration import bundled_sequences, evaluation_sequences, text_sequences
+from modicum.compress.calibration import (
+    bundled_sequences,
+    calibration_sequences,
+    evaluation_sequences,
+    text_sequences,
+)
 from modicum.errors import DataError
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
@@ -74,3 +79,35 @@ def test_evaluation_takes_what_there_is(text):
     assert torch.equal(bundled.ids, bundled_sequences("test", tokenizer, 0, 64).ids)
     assert "bundled task" in bundled.source
     assert len(bundled.ids) > 100
+
+
+def test_calibration_takes_what_there_is(text):
+    tokenizer = small.tokenizer()
+    assert calibration_sequences([text], tokenizer, 3, 10).ids.tolist() == (
+        text_sequences([text], tokenizer, 3, 10).ids.tolist()
+    )
+    assert calibration_sequences([text, text], tokenizer, 64, 50).ids.shape == (4, 50)
+    bundled = calibration_sequences([], tokenizer, 5, 20)
+    assert torch.equal(bundled.ids, bundled_sequences("train", tokenizer, 5, 20).ids)
+    with pytest.raises(DataError, match=r"has 106 tokens.*one sequence takes 107"):
+        calibration_sequences([text], tokenizer, 4, 107)
+
+
+def test_data_sets_are_read_by_name(tmp_path):
+    """A folder stands for a data set on the hub, which `datasets` reads alike."""
+    tokenizer, name = small.tokenizer(), f"hub:{tmp_path}"
+    small.write_jsonl(tmp_path / "train.jsonl", [{"text": ALPHABET, "other": "no"} for _ in range(4)])
+    small.write_jsonl(tmp_path / "test.jsonl", [{"question": "abc", "answer": "xyz", "n": 3}] * 9)
+    (tmp_path / "same.txt").write_text("\n".join([ALPHABET] * 4))
+    found = text_sequences([name], tokenizer, 1, 100)
+    assert torch.equal(found.ids, text_sequences([tmp_path / "same.txt"], tokenizer, 1, 100).ids)
+    assert found.source == name
+    # evaluation has the test split; columns of text are joined where none is called text
+    judged = evaluation_sequences(name, tokenizer, 1, 9)
+    assert tokenizer.decode(judged.ids[0]) == "<s>abc\nxyz\n"
+    # a large data set is read no further than it takes
+    small.write_jsonl(tmp_path / "train.jsonl", [{"text": ALPHABET} for _ in range(900)])
+    assert text_sequences([name], tokenizer, 2, 10).available < 400
+    absent = tmp_path / "absent.txt"
+    with pytest.raises(DataError, match=r"absent.*hub:no/such:part cannot be read \(train split of part\)"):
+        text_sequences([absent, "hub:no/such:part"], tokenizer, 1, 5)

@@ -1,4 +1,8 @@
-"""Text as sequences of tokens of one length: what quantization is calibrated and judged on."""
+"""Text as sequences of tokens of one length: what quantizing and sparsifying are calibrated and judged on.
+
+Text comes from files, from the task that the package bundles, or from a data set: `hub:NAME` or `hub:NAME:CONFIG`,
+where the name may also be a folder. A data set's column `text` is read, all its columns of text where it has none.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +19,15 @@ from modicum.data.language import special_prefix
 from modicum.errors import DataError, listing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
 #: characters of a text file that are read, so that a file of any size can be named
 _LIMIT = 1 << 25
+#: characters of a data set that are read for each token that is wanted; it may be far larger than that
+_PER_TOKEN = 16
+_HUB = "hub:"
 #: characters that are tokenized together
 _PIECE = 1 << 16
 _BUNDLED = "notes"
@@ -47,7 +54,7 @@ def text_sequences(files: Sequence[Path], tokenizer: Any, count: int, length: in
     Raises:
         DataError: files are missing, unreadable or empty (all of them), or hold too few tokens.
     """
-    ids = [token for text in _read(files) for token in _tokens(text, tokenizer)]
+    ids = _ids(files, "train", tokenizer, count * length)
     there = len(ids) // length
     names = listing([str(file) for file in files])
     if there < count:
@@ -59,15 +66,29 @@ def text_sequences(files: Sequence[Path], tokenizer: Any, count: int, length: in
     return Sequences(_spread(ids, there, count, length), names, len(ids))
 
 
-def evaluation_sequences(file: Path | None, tokenizer: Any, most: int, length: int) -> Sequences:
+def calibration_sequences(files: Sequence[Path | str], tokenizer: Any, most: int, length: int) -> Sequences:
+    """Up to `most` sequences of `length` tokens of `files`, or of the bundled task's train split without any.
+
+    Raises:
+        DataError: files are missing, unreadable or empty (all of them), or too short for one sequence.
+    """
+    if not files:
+        return bundled_sequences("train", tokenizer, most, length)
+    ids = _ids(files, "train", tokenizer, most * length)
+    return _up_to(ids, listing([str(file) for file in files]), most, length)
+
+
+def evaluation_sequences(file: Path | str | None, tokenizer: Any, most: int, length: int) -> Sequences:
     """Up to `most` sequences of `length` tokens of `file`, or of the bundled task's test split; 0 for all.
+
+    Of a data set, the test split is read.
 
     Raises:
         DataError: the file is missing or empty, or too short for one sequence.
     """
     if file is None:
         return bundled_sequences("test", tokenizer, most, length)
-    ids = [token for text in _read([file]) for token in _tokens(text, tokenizer)]
+    ids = _ids([file], "test", tokenizer, most * length)
     return _up_to(ids, str(file), most, length)
 
 
@@ -99,22 +120,54 @@ def _spread(ids: list[int], there: int, count: int, length: int) -> Tensor:
     return torch.tensor([ids[start : start + length] for start in starts])
 
 
-def _read(files: Iterable[Path]) -> list[str]:
+def _ids(files: Sequence[Path | str], split: str, tokenizer: Any, wanted: int) -> list[int]:
+    """The tokens of all files and data sets, one after the other."""
     texts, faults = [], []
     for file in files:
         try:
-            with Path(file).open(encoding="utf-8") as opened:
-                text = opened.read(_LIMIT)
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
-            faults.append(f"{file} cannot be read: {reason}")
+            name = str(file)
+            text = _of_hub(name, split, wanted) if name.startswith(_HUB) else _of_file(Path(file))
+        except DataError as error:
+            faults.append(str(error))
             continue
         if not text.strip():
             faults.append(f"{file} holds no text")
         texts.append(text)
     if faults:
         raise DataError("; ".join(faults))
-    return texts
+    return [token for text in texts for token in _tokens(text, tokenizer)]
+
+
+def _of_file(file: Path) -> str:
+    try:
+        with file.open(encoding="utf-8") as opened:
+            return opened.read(_LIMIT)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise DataError(f"{file} cannot be read: {reason}") from error
+
+
+def _of_hub(name: str, split: str, wanted: int) -> str:
+    """Text from the beginning of a data set, enough for `wanted` tokens (0: all that is read of any text)."""
+    import datasets
+
+    path, _, config = name.removeprefix(_HUB).partition(":")
+    most = min(wanted * _PER_TOKEN, _LIMIT) or _LIMIT
+    texts, size = [], 0
+    try:
+        for row in datasets.load_dataset(path, config or None, split=split, streaming=True):
+            columns = [row["text"]] if isinstance(row.get("text"), str) else row.values()
+            texts.append("\n".join(value for value in columns if isinstance(value, str)))
+            size += len(texts[-1])
+            if size >= most:
+                break
+    except Exception as error:  # the hub client raises many kinds, all of which mean "not to be had"
+        raise DataError(
+            f"{name} cannot be read ({split} split{f' of {config}' if config else ''}): {type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else 'no details'}. Write hub:NAME or hub:NAME:CONFIG, or give "
+            "a local file"
+        ) from error
+    return "\n".join(texts)
 
 
 def _tokens(text: str, tokenizer: Any) -> list[int]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from modicum.compress.open_files import OpenFiles
 from modicum.errors import ConfigError, CorruptAdapterError, listing
@@ -34,6 +35,11 @@ BESIDE = (
     "LICENSE*",
     "NOTICE*",
 )
+#: the way out for models that text cannot be run through layer by layer
+WITHOUT_TEXT = (
+    "Take an algorithm that needs no text (quantize: rtn or mse, sparsify: magnitude), without evaluation; it reads "
+    "only the matrices it changes"
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,8 @@ class Linear:
     stored: str
     #: (out, in)
     shape: tuple[int, int]
+    #: whether the checkpoint holds it as (in, out), as GPT-2's Conv1D does
+    transposed: bool = False
 
 
 class Source:
@@ -119,17 +127,19 @@ class Source:
         found, missing, wrong = [], [], []
         for name in names:
             key = self.key(f"{name}.weight")
-            out, inner = self.model.get_submodule(name).weight.shape
+            module = self.model.get_submodule(name)
             if key is None:
                 missing.append(name)
                 continue
-            shape = tuple(self.tensor(key).shape)
-            if shape != (out, inner):
-                wrong.append(f"{key} is {shape}, the configuration says {(out, inner)}")
+            shape, wanted = tuple(self.tensor(key).shape), tuple(module.weight.shape)
+            if shape != wanted:
+                wrong.append(f"{key} is {shape}, the configuration says {wanted}")
             stored = key.removesuffix(".weight")
             # a loader finds quantized layers by the model's names, but for the prefix
             same = stored.endswith(name) or name.endswith(stored)
-            found.append(Linear(name, key, stored if same else name, (out, inner)))
+            transposed = isinstance(module, Conv1D)
+            shape = (wanted[1], wanted[0]) if transposed else wanted
+            found.append(Linear(name, key, stored if same else name, shape, transposed))
         if missing:
             raise ConfigError(
                 f"{self.folder} holds no weight for {listing(missing)}; it may have been saved for another task "
@@ -141,7 +151,13 @@ class Source:
 
     def weight(self, linear: Linear) -> Tensor:
         """The weight (out, in) of a layer, in the type it is stored in."""
-        return self.tensor(linear.key)
+        weight = self.tensor(linear.key)
+        return weight.T if linear.transposed else weight
+
+    def absent(self, module: nn.Module, prefix: str = "", skip: tuple[str, ...] = ()) -> list[str]:
+        """The parameters of `module` (called `prefix` in the model) that the checkpoint lacks, or stores otherwise."""
+        names = [_full(prefix, name) for name, _ in module.named_parameters(remove_duplicate=False)]
+        return [name for name in names if not name.startswith(skip or ("\0",)) and self.key(name) is None]
 
     def fill(self, module: nn.Module, prefix: str, skip: tuple[str, ...] = ()) -> None:
         """Gives the parameters of `module` (called `prefix` in the model) their weights in place, in float32.
@@ -149,25 +165,19 @@ class Source:
         Raises:
             ConfigError: the checkpoint lacks some, or stores them in another way than the model holds them.
         """
-        values: dict[str, Tensor] = {}
-        missing = []
-        kept = dict(module.named_buffers())
-        for name in [*dict(module.named_parameters(remove_duplicate=False)), *kept]:
-            full = f"{prefix}.{name}" if prefix else name
-            if full.startswith(skip or ("\0",)):
-                continue
-            key = self.key(full)
-            if key is not None:
-                value = self.tensor(key)
-                values[name] = value.float() if value.is_floating_point() else value
-            elif name not in kept:
-                missing.append(full)
+        missing = self.absent(module, prefix, skip)
         if missing:
             raise ConfigError(
                 f"{self.folder} does not store {listing(missing)} the way {type(self.model).__name__} holds it "
-                "(some models join or split tensors on loading). Quantize with the algorithm rtn or mse and without "
-                "evaluation, which reads only the matrices it quantizes"
+                f"(some models join or split tensors on loading), so that no text can be run through it. {WITHOUT_TEXT}"
             )
+        values: dict[str, Tensor] = {}
+        for name in [*dict(module.named_parameters(remove_duplicate=False)), *dict(module.named_buffers())]:
+            full = _full(prefix, name)
+            key = None if full.startswith(skip or ("\0",)) else self.key(full)
+            if key is not None:
+                value = self.tensor(key)
+                values[name] = value.float() if value.is_floating_point() else value
         module.load_state_dict(values, strict=False, assign=True)
         module.requires_grad_(False)
 
@@ -184,6 +194,10 @@ def empty(module: nn.Module) -> None:
     """Takes the parameters of `module` out of memory, in place; its buffers stay."""
     values = {name: p.to("meta") for name, p in module.named_parameters(remove_duplicate=False)}
     module.load_state_dict(values, strict=False, assign=True)
+
+
+def _full(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
 
 
 def _local(model: str) -> Path:

@@ -1,26 +1,42 @@
-"""Quantized model folders: shards, index, configuration, and what the original has beside its weights."""
+"""Compressed model folders: shards, index, configuration, and what the original has beside its weights."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from safetensors.torch import save_file
 
 from modicum.store.atomic import write_text
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
 
-    from modicum.compress.quantize_plan import Plan
-    from modicum.compress.quantize_report import QuantizationReport
-    from modicum.compress.source import Source
+    from modicum.compress.source import Linear, Source
     from modicum.compress.work import Work
+
+    class _Unit(Protocol):
+        @property
+        def name(self) -> str: ...
+
+    class Planned(Protocol):
+        """What was done: the units whose results the work folder holds, and the linear layers they replace."""
+
+        @property
+        def units(self) -> Sequence[_Unit]:
+            """Finished units."""
+            ...
+
+        @property
+        def linears(self) -> Sequence[Linear]:
+            """Layers whose stored weights are not copied."""
+            ...
+
 
 #: bytes of a shard
 _SHARD = 5 * 10**9
@@ -28,18 +44,27 @@ REPORT = "quantization_report.json"
 
 
 def write_folder(
-    source: Source, work: Work, plan: Plan, config: Mapping[str, Any], report: QuantizationReport
+    source: Source,
+    work: Work,
+    plan: Planned,
+    config: Mapping[str, Any] | None,
+    report: Any,
+    name: str = REPORT,
 ) -> None:
-    """Write the finished model into the work folder. Tensors are copied from file to file, none is held in memory."""
+    """Write the finished model into the work folder. Tensors are copied from file to file, none is held in memory.
+
+    `config` is the quantization config, None for a dense model; the dataclass `report` goes into the file `name`.
+    """
     folder = work.model
-    quantized = {key: tensor for unit in plan.units for key, tensor in work.tensors(unit.name).items()}
+    changed = {key: tensor for unit in plan.units for key, tensor in work.tensors(unit.name).items()}
     replaced = {linear.key for linear in plan.linears}
     tensors = {key: source.tensor(key) for key in source.files if key not in replaced}
-    write_shards(folder, dict(sorted({**tensors, **quantized}.items())))
-    write_text(folder / "config.json", _pretty({**source.raw, "quantization_config": dict(config)}))
+    write_shards(folder, dict(sorted({**tensors, **changed}.items())))
+    added = {} if config is None else {"quantization_config": dict(config)}
+    write_text(folder / "config.json", _pretty({**source.raw, **added}))
     for file in source.beside():
         shutil.copyfile(file, folder / file.name)
-    write_text(folder / REPORT, _pretty(asdict(report)))
+    write_text(folder / name, _pretty(asdict(report)))
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Tensor], most: int = _SHARD) -> None:
