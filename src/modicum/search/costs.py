@@ -1,0 +1,151 @@
+"""What sub-networks cost, from shapes alone: parameters, multiply-accumulates, bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from modicum.adapters.elastic import SubNetwork, Switch
+from modicum.models.architecture import linear_shape
+from modicum.models.families import widths
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from modicum.models.families import Width
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of the super-network."""
+
+    outputs: int
+    inputs: int
+    bias: bool
+    #: largest rank of its adapter, 0 without one
+    rank: int = 0
+
+
+@final
+class Costs:
+    """The costs of the sub-networks of one model.
+
+    `merged` says whether adapters are folded into the weights, as in an extracted sub-network, or run beside them,
+    with k (in + out) numbers each, as LoRA does.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Linear],
+        parts: Sequence[Width],
+        parameters: int,
+        *,
+        merged: bool = True,
+        bytes_each: float = 2.0,
+        cache: int = 0,
+    ) -> None:
+        """`parameters`: of the base model, tied ones once; `bytes_each`: of a weight.
+
+        `cache`: bytes of keys and values for one token.
+        """
+        self.layers, self.merged = dict(layers), merged
+        self._parts = {width.name: width for width in parts}
+        self._parameters, self._bytes_each, self._cache = parameters, bytes_each, cache
+
+    @classmethod
+    def of_model(cls, model: Any, adapter_name: str = "default", *, merged: bool = True) -> Costs:
+        """The costs of a PEFT model with an elastic adapter; its head counts as a linear layer."""
+        ranks = {name: adapter.rank for name, adapter in Switch(model, adapter_name).adapters.items()}
+        layers: dict[str, Linear] = {}
+        total, inside = 0, ("\0",)
+        seen: set[int] = set()
+        base = model.get_base_model()
+        for name, module in base.named_modules():
+            # a head that is trained in full is there twice
+            if name.startswith(inside) or ".modules_to_save." in f".{name}.":
+                continue
+            bare = module
+            if isinstance(module, BaseTunerLayer):
+                inside = (*inside, f"{name}.")
+                bare = module.get_base_layer()
+            shape = linear_shape(bare)
+            if shape is not None:
+                bias = getattr(bare, "bias", None) is not None
+                layers[name] = Linear(*shape, bias, ranks.get(name, 0))
+            held = dict(bare.named_parameters(recurse=False))
+            if shape is not None and "weight" not in held:
+                total += shape[0] * shape[1]  # a quantized weight is no parameter, but as many numbers
+            total += sum(p.numel() for p in held.values() if id(p) not in seen)
+            seen |= {id(p) for p in held.values()}
+        config, dtype = base.config.get_text_config(), base.dtype
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        cache = 2 * config.num_hidden_layers * groups * head * dtype.itemsize
+        return cls(layers, widths(base), total, merged=merged, bytes_each=dtype.itemsize, cache=cache)
+
+    def parameters(self, sub_network: SubNetwork | None = None) -> int:
+        """All numbers of the model that are left, embeddings and norms included, adapters unless merged."""
+        removed = sum(self._removed(sub_network).values())
+        return self._parameters - removed + self._adapters(sub_network)
+
+    def linear_parameters(self, sub_network: SubNetwork | None = None) -> int:
+        """The weights of the linear layers that are left, head included, adapters unless merged."""
+        shapes = self._shapes(sub_network)
+        return sum(out * inner for out, inner in shapes.values()) + self._adapters(sub_network)
+
+    def macs(self, sub_network: SubNetwork | None = None, tokens: int = 1) -> int:
+        """Multiply-accumulates of the linear layers for `tokens` tokens; attention's own products are not counted."""
+        return tokens * self.linear_parameters(sub_network)
+
+    def bytes(self, sub_network: SubNetwork | None = None) -> int:
+        """Bytes of all numbers in the dtype of the model."""
+        return round(self.parameters(sub_network) * self._bytes_each)
+
+    def memory(self, sub_network: SubNetwork | None = None, tokens: int = 1) -> int:
+        """Bytes of weights, and of keys and values of `tokens` tokens."""
+        chosen = sub_network or SubNetwork()
+        heads = [width for width in self._parts.values() if width.kind == "heads"]
+        share = 1.0
+        if heads:
+            left = sum(chosen.widths.get(width.name, width.units) for width in heads)
+            share = left / sum(width.units for width in heads)
+        return self.bytes(sub_network) + round(tokens * self._cache * share)
+
+    def of(self, name: str, sub_network: SubNetwork | None, tokens: int) -> int:
+        """The cost called parameters, macs, bytes or memory."""
+        if name in ("macs", "memory"):
+            return getattr(self, name)(sub_network, tokens)
+        return getattr(self, name)(sub_network)
+
+    def _shapes(self, sub_network: SubNetwork | None) -> dict[str, tuple[int, int]]:
+        """(out, in) of every linear layer that are left."""
+        shapes = {name: (layer.outputs, layer.inputs) for name, layer in self.layers.items()}
+        for name, units in (sub_network or SubNetwork()).widths.items():
+            width = self._parts[name]
+            for port in width.outputs:
+                rows = sum(stop - start for start, stop in port.runs(units))
+                shapes[port.layer] = rows, shapes[port.layer][1]
+            for port in width.inputs:
+                columns = sum(stop - start for start, stop in port.runs(units))
+                shapes[port.layer] = shapes[port.layer][0], columns
+        return shapes
+
+    def _removed(self, sub_network: SubNetwork | None) -> dict[str, int]:
+        """Weights and biases that are gone, by layer."""
+        removed = {}
+        for name, (out, inner) in self._shapes(sub_network).items():
+            layer = self.layers[name]
+            gone = layer.outputs * layer.inputs - out * inner
+            removed[name] = gone + (layer.outputs - out if layer.bias else 0)
+        return removed
+
+    def _adapters(self, sub_network: SubNetwork | None) -> int:
+        if self.merged:
+            return 0
+        ranks = (sub_network or SubNetwork()).ranks
+        return sum(
+            ranks.get(name, self.layers[name].rank) * (out + inner)
+            for name, (out, inner) in self._shapes(sub_network).items()
+        )

@@ -1,0 +1,212 @@
+"""Searching the super-network of a finished run, on rows that neither training nor the reported test has seen."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modicum.data.files import load_rows
+from modicum.data.prepare import Prepared, encode, load_splits, prepare
+from modicum.errors import ConfigError, DataError
+from modicum.evaluate.metrics import TASK_METRICS
+from modicum.models.loading import load_tokenizer, quiet_transformers
+from modicum.train import artifacts
+from modicum.train.recipe import load_recipe
+from modicum.train.run import finished_model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from modicum.data.encoded import Encoded
+    from modicum.data.files import Rows
+    from modicum.search.options import SearchOptions
+    from modicum.search.result import SearchResult
+    from modicum.search.study import Point
+    from modicum.train.recipe import Recipe
+
+FOLDER = "search"
+
+
+def search_run(
+    run: str | Path,
+    options: SearchOptions,
+    output: str | Path | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    tell: Callable[[Point], None] = lambda _: None,
+) -> SearchResult:
+    """The finished search of the super-network in the folder `run` of `modicum tune`.
+
+    The study is kept in `output` (RUN/search when unset), with every point; `resume` goes on with it. `tell` is
+    called with every point this process evaluates.
+
+    Raises:
+        ConfigError: no finished run with an elastic adapter, options that do not fit, a budget that no sub-network
+            keeps, or a study of something else in the folder.
+        DataError: there are no rows to score on, or training or test rows are among them.
+    """
+    from modicum.search.result import write_result
+
+    folder = Path(run)
+    recipe = finished_recipe(folder)
+    target = Path(output) if output is not None else folder / FOLDER
+    _claim(target, resume=resume, overwrite=overwrite)
+    with quiet_transformers():
+        job = _Job(folder, recipe, options)
+        study = job.study(target)
+        others = [
+            multiprocessing.get_context("spawn").Process(
+                target=_work, args=(str(folder), options, str(target), index)
+            )
+            for index in range(1, options.workers)
+        ]
+        for process in others:
+            process.start()
+        job.explore(study, tell)
+        for process in others:
+            process.join()
+        failed = [process.exitcode for process in others if process.exitcode]
+        if failed:
+            raise ConfigError(
+                f"{len(failed)} of {options.workers} workers failed; the points of the others are kept"
+            )
+        evaluator = job.evaluator
+        return write_result(target, job.space, options, evaluator.maximized, study.points(), evaluator.whole)
+
+
+def finished_recipe(folder: Path) -> Recipe:
+    """The recipe of the finished run in `folder`.
+
+    Raises:
+        ConfigError: it holds no finished run, or a sweep.
+    """
+    if not (folder / artifacts.RECIPE).is_file():
+        raise ConfigError(f"{folder} holds no run of `modicum tune`: there is no {artifacts.RECIPE}")
+    if artifacts.read_json(folder / artifacts.REPORT) is None:
+        cells = sorted(entry.parent.name for entry in folder.glob(f"*/{artifacts.REPORT}"))
+        hint = f"; it is a sweep, name one of its runs: {', '.join(cells)}" if cells else ""
+        raise ConfigError(f"{folder} holds no finished run{hint}")
+    return load_recipe(folder / artifacts.RECIPE)
+
+
+class _Job:
+    """Model, rows and evaluator of a search."""
+
+    def __init__(self, folder: Path, recipe: Recipe, options: SearchOptions) -> None:
+        from modicum.search.evaluator import Evaluator
+        from modicum.search.space import SearchSpace
+
+        task = recipe.model.task
+        metrics = [*TASK_METRICS[task], *(["exact_match"] if task == "causal_lm" else [])]
+        faults = options.faults(recipe.metric, metrics)
+        if faults:
+            raise ConfigError("the search cannot run: " + "; ".join(faults))
+        tokenizer = load_tokenizer(recipe.model.name_or_path, revision=recipe.model.revision)
+        data = prepare(recipe.data, tokenizer, task, recipe.model.num_labels)
+        rows = search_rows(recipe, data, tokenizer, options)
+        model = finished_model(recipe, folder, tokenizer, data)
+        config = model.peft_config["default"]
+        if getattr(config, "search_space", None) is None:
+            raise ConfigError(
+                f"the adapter in {folder} was not trained with a search space (recipe section `elastic`)"
+            )
+        self.options = options
+        self.space = SearchSpace.of_model(config.search_space, model)
+        self.evaluator = Evaluator(model, tokenizer, rows, task, self.space, options, recipe.metric)
+        self._identity = {
+            "base model": config.base_fingerprint,
+            "adapter": _digest(folder / artifacts.ADAPTER / "adapter_model.safetensors"),
+            "search space": self.space.digest(),
+            "rows": rows_digest(rows),
+            "budgets": options.budgets,
+        }
+
+    def study(self, target: Path, worker: int = 0) -> Any:
+        """The study in `target`, opened."""
+        from modicum.search.study import Study
+
+        return Study(target, self.space, self.options, self.evaluator.maximized, self._identity, worker)
+
+    def explore(self, study: Any, tell: Callable[[Point], None], worker: int = 0) -> None:
+        """Evaluate until the study has all its points."""
+        from modicum.search.strategies import Explorer
+
+        evaluator = self.evaluator
+        Explorer(
+            study,
+            self.options,
+            evaluator,
+            evaluator.violations,
+            maximized=evaluator.maximized,
+            tell=tell,
+            worker=worker,
+        ).run()
+
+
+def search_rows(recipe: Recipe, data: Prepared, tokenizer: Any, options: SearchOptions) -> Encoded:
+    """The rows that sub-networks are scored on.
+
+    Raises:
+        DataError: there are none, or training or test rows are among them.
+    """
+    wanted = recipe.data
+    if options.rows is not None:
+        found: Rows | None = load_rows(options.rows, "validation", wanted.hub_config)
+    else:
+        found = load_splits(wanted).get("validation")
+    if found is None:
+        raise DataError(
+            "there are no rows to score on: the recipe has no validation rows; name some with `rows`"
+        )
+    found = found.sample(options.max_rows, wanted.seed)
+    rows = encode(found, wanted, tokenizer, recipe.model.task, data.num_labels)
+    mine = {_row(rows, index) for index in range(len(rows))}
+    faults = []
+    for name, split in (("training", data.train), ("test", data.test)):
+        shared = len(mine & {_row(split, index) for index in range(len(split))}) if split is not None else 0
+        if shared:
+            faults.append(f"{shared} of {len(mine)} are {name} rows")
+    if faults:
+        raise DataError(
+            f"the rows to score on must be seen by neither training nor the reported test: {'; '.join(faults)}"
+        )
+    return rows
+
+
+def rows_digest(rows: Encoded) -> str:
+    """16 hex digits over the tokens of `rows`."""
+    digest = hashlib.blake2b(digest_size=8)
+    for index in range(len(rows)):
+        digest.update(repr(_row(rows, index)).encode())
+    return digest.hexdigest()
+
+
+def _row(rows: Encoded, index: int) -> tuple[int, ...]:
+    return tuple(rows[index]["input_ids"])
+
+
+def _work(folder: str, options: SearchOptions, target: str, worker: int) -> None:
+    """One more process of a search."""
+    run = Path(folder)
+    with quiet_transformers():
+        job = _Job(run, finished_recipe(run), options)
+        job.explore(job.study(Path(target), worker), lambda _: None, worker)
+
+
+def _claim(target: Path, *, resume: bool, overwrite: bool) -> None:
+    from modicum.search.study import FILE
+
+    if (target / FILE).is_file():
+        if overwrite:
+            shutil.rmtree(target)
+        elif not resume:
+            raise ConfigError(f"{target} holds a search: --resume to go on, --overwrite to start again")
+    target.mkdir(parents=True, exist_ok=True)
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]

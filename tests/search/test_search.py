@@ -1,0 +1,183 @@
+"""Searching a real super-network of the embedded model: strategies, budgets, studies that go on, what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tests.train.test_elastic import recipe
+
+from modicum.data import bundled
+from modicum.errors import ConfigError, DataError
+from modicum.search.options import SearchOptions
+from modicum.search.pareto import front
+from modicum.search.study import Point
+from modicum.train.run import tune
+from modicum.train.search import search_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return tune(recipe(tmp_path_factory.mktemp("search") / "run")).folder
+
+
+def options(**values):
+    return SearchOptions(**{"max_rows": 4, "prompt": 8, "generate": 2, "repeats": 3, **values})
+
+
+def test_the_heuristic_is_one_point(run, tmp_path):
+    found = search_run(run, options(strategy="heuristic"), tmp_path / "s")
+    assert len(found.points) == 1
+    assert (
+        found.best.choices["0.width.mlp"]
+        == json.loads((tmp_path / "s/sub_network.json").read_text())["choices"]["0.width.mlp"]
+    )
+    assert {p.name for p in (tmp_path / "s").iterdir()} >= {
+        "study.db",
+        "search.json",
+        "pareto.html",
+        "pareto.png",
+    }
+
+
+def test_hill_climbing_starts_at_the_heuristic_and_never_gets_worse(run, tmp_path):
+    told = []
+    found = search_run(run, options(strategy="hill", trials=10), tmp_path / "s", tell=told.append)
+    assert told[0].choices == {
+        name: choices[(len(choices) - 1) // 2] for name, choices in _choices(tmp_path / "s", run).items()
+    }
+    assert (
+        len({json.dumps(point.choices, sort_keys=True) for point in found.points}) == len(found.points) <= 10
+    )
+    assert found.best.values["loss"] <= told[0].values["loss"]
+    # one step from an incumbent: from some point seen before, in one group
+    for index, point in enumerate(told[1:], 1):
+        steps = [sum(point.choices[g] != other.choices[g] for g in point.choices) for other in told[:index]]
+        assert min(steps) == 1
+
+
+def _choices(folder, run):
+    from modicum.models.loading import load_adapted, load_base
+    from modicum.search.space import SearchSpace
+
+    del folder
+    model = load_adapted(load_base("embedded"), run / "adapter")
+    space = SearchSpace.of_model(model.peft_config["default"].search_space, model)
+    return {name: group.choices for name, group in space.groups.items()}
+
+
+@pytest.mark.parametrize("strategy", ["random", "nsga2"])
+def test_budgets_and_objectives(strategy, run, tmp_path):
+    wanted = options(
+        strategy=strategy,
+        trials=6,
+        population=3,
+        objectives=["parameters", "token_accuracy"],
+        budgets={"macs": 0.95},
+    )
+    found = search_run(run, wanted, tmp_path / "s")
+    assert list(found.objectives.items()) == [("token_accuracy", True), ("parameters", False)]
+    assert len(found.points) == 6
+    for point in found.points:
+        assert set(point.values) == {"token_accuracy", "parameters", "macs"}
+        assert bool(point.violations) == (point.values["macs"] > 0.95 * found.whole["macs"])
+    assert not any(point.violations for point in found.front)
+
+
+def test_the_point_is_what_evaluating_its_sub_network_gives(run, tmp_path):
+    from modicum.adapters.elastic import SubNetwork, Switch
+    from modicum.data.prepare import prepare
+    from modicum.evaluate.run import evaluate
+    from modicum.models.loading import load_adapted, load_base, load_tokenizer
+
+    found = search_run(run, SearchOptions(strategy="random", trials=2), tmp_path / "s")
+    model, tokenizer = load_adapted(load_base("embedded"), run / "adapter"), load_tokenizer("embedded")
+    Switch(model).activate(SubNetwork.read(found.sub_network()))
+    rows = prepare(recipe(tmp_path).data, tokenizer, "causal_lm").validation
+    measured = evaluate(model, tokenizer, rows, exact_match=False, resamples=10).metrics["loss"].value
+    assert measured == pytest.approx(found.best.values["loss"], rel=1e-6)
+
+
+def test_a_study_goes_on_where_it_stopped(run, tmp_path):
+    wanted = options(strategy="random", trials=3)
+    first = search_run(run, wanted, tmp_path / "s")
+    with pytest.raises(ConfigError, match="--resume"):
+        search_run(run, wanted, tmp_path / "s")
+    told = []
+    more = search_run(
+        run, wanted.model_copy(update={"trials": 5}), tmp_path / "s", resume=True, tell=told.append
+    )
+    assert more.points[:3] == first.points
+    assert len(told) == 2
+    assert len({json.dumps(point.choices, sort_keys=True) for point in more.points}) == 5
+    assert len(search_run(run, wanted, tmp_path / "s", overwrite=True).points) == 3
+
+
+def test_a_study_of_another_adapter_is_refused(run, tmp_path):
+    search_run(run, options(strategy="random", trials=1), tmp_path / "s")
+    other = tune(recipe(tmp_path / "other", train__seed=1)).folder
+    with pytest.raises(ConfigError, match="study of something else") as error:
+        search_run(other, options(strategy="random", trials=2), tmp_path / "s", resume=True)
+    assert "adapter" in str(error.value)
+
+
+@pytest.mark.slow
+def test_two_workers_share_a_study(run, tmp_path):
+    found = search_run(run, options(strategy="random", trials=6, workers=2), tmp_path / "s")
+    assert 6 <= len(found.points) <= 7
+
+
+def test_times_are_shares_of_the_super_network(run, tmp_path):
+    wanted = options(strategy="random", trials=1, objectives=["loss", "prefill_time", "decode_time"])
+    point = search_run(run, wanted, tmp_path / "s").points[0]
+    assert set(point.values) == {"loss", "prefill_time", "decode_time"}
+    assert all(value > 0 for value in point.values.values())
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"budgets": {"parameters": 0.1}}, "the smallest sub-network takes"),
+        ({"budgets": {"paramters": 0.8}}, "parameters"),
+        ({"objectives": ["los", "parameters"]}, "loss"),
+        ({"objectives": ["parameters"]}, "exactly one metric"),
+        ({"workers": 2}, "step by step"),
+        ({"strategy": "random", "workers": 2, "objectives": ["loss", "decode_time"]}, "disturb"),
+        ({"budgets": {"decode_time": 1.3}}, "at most 1"),
+    ],
+)
+def test_options_that_cannot_work(values, words, run, tmp_path):
+    with pytest.raises(ConfigError, match=words):
+        search_run(run, options(**values), tmp_path / "s")
+    assert not (tmp_path / "s" / "search.json").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_rows_that_were_seen_are_refused(split, run, tmp_path):
+    with pytest.raises(DataError, match="training" if split == "train" else "test"):
+        search_run(run, options(rows=str(bundled.path("notes", split)), max_rows=None), tmp_path / "s")
+
+
+def test_a_run_without_a_search_space(tmp_path):
+    plain = tune(recipe(tmp_path / "run", elastic=None)).folder
+    with pytest.raises(ConfigError, match="search space"):
+        search_run(plain, options())
+    with pytest.raises(ConfigError, match="holds no run"):
+        search_run(tmp_path, options())
+
+
+def point(number, loss, cost, **over):
+    return Point(number, {"g": number}, {"loss": loss, "parameters": cost}, over)
+
+
+def test_the_front_holds_what_nothing_beats():
+    points = [
+        point(0, 1.0, 10),
+        point(1, 1.0, 12),
+        point(2, 0.9, 15),
+        point(3, 1.2, 9),
+        point(4, 1.3, 9),
+        point(5, 0.1, 1, parameters=0.5),
+        point(6, 1.0, 10),
+    ]
+    assert [p.number for p in front(points, {"loss": False, "parameters": False})] == [2, 0, 3]
