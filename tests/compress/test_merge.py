@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import peft
 import pytest
 import torch
@@ -13,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from modicum import AffineConfig
 from modicum.adapters import registry
+from modicum.adapters.elastic import Cut, SubNetwork, Switch
 from modicum.compress.merge import merge_to_folder
 from modicum.errors import BaseMismatchError, InexactMergeError
 from modicum.quant.affine import AffineLinear
@@ -135,6 +138,63 @@ def test_error_feedback_beats_rounding_on_the_inputs_it_saw(base, tmp_path):
     assert dense.exact
     wanted = measured(load(tmp_path / "dense"))
     assert off(measured(load(tmp_path / "forced")), wanted) < off(measured(rounded), wanted)
+
+
+@pytest.mark.parametrize("residuals", [True, False])
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_updates_on_the_grid_change_codes_and_nothing_else(tmp_path, residuals, dry_run):
+    base = quantized_folder(tmp_path / "base", zero_point="integer", residuals=residuals)
+    path, wanted = adapter(
+        base, tmp_path / "adapter", "qa_sparse_peft", target_modules=["q_proj", "down_proj"]
+    )
+    done = merge_to_folder(
+        str(base), path, tmp_path / "merged", texts=TEXTS, allow_inexact=True, dry_run=dry_run
+    )
+    assert done.exact
+    assert done.dtype == "4-bit affine"
+    assert done.report.logit_error < 1e-5
+    assert done.report.effect > 0.01
+    # 4 bits, a scale of 16 and an offset of 32 for 16 weights
+    assert done.bits_before == (15.0 if residuals else 7.0)
+    assert done.bits_after == 7.0
+    assert done.coarser_offsets == {}
+    if dry_run:
+        assert not (tmp_path / "merged").exists()
+        return
+    assert off(logits(tmp_path / "merged"), wanted) < 1e-5
+    before = load_file(base / "model.safetensors")
+    after = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {key for key in before if not key.endswith("residuals")} == set(after)
+    changed = {key for key, value in after.items() if not torch.equal(value, before[key])}
+    assert changed == {key for key in before if key.endswith(("q_proj.codes", "down_proj.codes"))}
+    stored = json.loads((tmp_path / "merged" / "config.json").read_text())["quantization_config"]
+    assert stored["residuals"] is False
+    dense = merge_to_folder(str(base), path, tmp_path / "dense", texts=TEXTS, dtype="float32")
+    assert dense.exact
+    assert off(logits(tmp_path / "dense"), wanted) < 1e-5
+
+
+@pytest.mark.parametrize(("method", "dtype"), [("qa_sparse_peft", "auto"), ("elastic_lora", "float32")])
+def test_a_narrower_sub_network_is_not_merged_as_if_it_were_whole(tmp_path, method, dtype):
+    base = quantized_folder(tmp_path / "base", zero_point="integer", residuals=True)
+    config = registry.config_class(method)(r=4, init_weights=False, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(load(base), config)
+    cut = Cut(outputs=((0, 16),))
+    narrow = {f"model.layers.0.mlp.{name}": cut for name in ("gate_proj", "up_proj")}
+    narrow["model.layers.0.mlp.down_proj"] = Cut(inputs=((0, 16),))
+    Switch(model).activate(SubNetwork(cuts=narrow))
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(InexactMergeError, match="narrower sub-network"):
+        merge_to_folder(str(base), tmp_path / "adapter", tmp_path / "merged", texts=TEXTS, dtype=dtype)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_quantizing_again_forgets_the_residuals(tmp_path):
+    base = quantized_folder(tmp_path / "base", zero_point="integer", residuals=True)
+    path, _ = adapter(base, tmp_path / "adapter", "lora_xs")
+    forced = merge_to_folder(str(base), path, tmp_path / "forced", texts=TEXTS, allow_inexact=True)
+    assert (forced.bits_before, forced.bits_after) == (15.0, 7.0)
+    assert torch.isfinite(logits(tmp_path / "forced")).all()
 
 
 def test_an_adapter_of_another_quantization_of_the_same_base_is_refused(base, tmp_path):

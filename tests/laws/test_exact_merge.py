@@ -15,6 +15,7 @@ from modicum.errors import InexactMergeError
 from modicum.quant.huggingface import quantized_linear
 from modicum.quant.spec import AffineSpec
 
+ON_GRID = [name for name in registry.names() if registry.get(name).on_grid]
 EXACT = [name for name in registry.names() if "pool" in registry.config_class(name).__dataclass_fields__]
 BLOCKS = [(1, 8), (1, 16), (1, 32), (1, 64), (4, 4), (8, 4), (2, 32)]
 law = settings(max_examples=40, deadline=None, derandomize=True)
@@ -36,8 +37,17 @@ adapter_blocks = st.tuples(st.sampled_from([1, 2, 4, 8, 16]), st.sampled_from([1
 def quantized(base) -> OneLayer:
     torch.manual_seed(base["seed"])
     linear = nn.Linear(base["columns"], base["rows"], bias=base["bias"])
+    if base.get("sparse"):
+        linear.weight.data *= torch.rand_like(linear.weight) > 0.5
     offsets = "float32" if base["zero_point"] == "integer" else "bfloat16"
-    spec = AffineSpec(base["bits"], base["block"], base["zero_point"], offset_dtype=offsets)
+    spec = AffineSpec(
+        base["bits"],
+        base["block"],
+        base["zero_point"],
+        base.get("scale_dtype", "bfloat16"),
+        offsets,
+        residuals=base.get("residuals", False),
+    )
     return OneLayer(quantized_linear(linear.requires_grad_(False), spec))
 
 
@@ -128,6 +138,75 @@ def test_two_adapters_merge_and_unmerge_bit_for_bit(method, base, block, other):
     assert layer.base_layer.spec == spec
 
 
+on_zero = st.fixed_dictionaries(
+    {
+        "bits": st.sampled_from([2, 3, 4, 8]),
+        "block": st.sampled_from(BLOCKS),
+        "zero_point": st.sampled_from(["integer", "none"]),
+        "scale_dtype": st.sampled_from(["bfloat16", "float16", "float32"]),
+        "rows": st.integers(1, 3).map(lambda n: 64 * n),
+        "columns": st.integers(1, 3).map(lambda n: 64 * n),
+        "bias": st.booleans(),
+        "seed": st.integers(0, 5),
+        "residuals": st.booleans(),
+        "sparse": st.just(True),
+    }
+)
+
+
+@pytest.mark.parametrize("method", ON_GRID)
+@law
+@given(
+    base=on_zero, alpha=st.sampled_from([0.05, 1.0, 6.0]), training=st.sampled_from(["float32", "bfloat16"])
+)
+def test_merging_moves_codes_only_and_lands_on_what_was_trained(method, base, alpha, training):
+    config = registry.config_class(method)(r=3, alpha=alpha, target_modules=["layer"], init_weights=False)
+    model = get_peft_model(quantized(base), config).to(getattr(torch, training)).eval()
+    layer = model.base_model.model.layer
+    frozen = layer.base_layer
+    before = {name: value.clone() for name, value in frozen.state_dict().items()}
+    weight, delta = layer.site.weight(), layer.get_delta_weight("default")
+    x = torch.randn(9, base["columns"], generator=torch.Generator().manual_seed(1)).to(
+        getattr(torch, training)
+    )
+    with torch.no_grad():
+        trained = model.train()(x)
+        model.merge_adapter()
+        merged = model.eval()(x)
+    after = frozen.state_dict()
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed <= {"codes"}
+    assert before.keys() - after.keys() == ({"residuals"} if base["residuals"] else set())
+    # whole steps; scales of 8 and 11 bits times them are exact, those of 24 are rounded once
+    exact = base["scale_dtype"] != "float32"
+    assert (frozen.dequantized() - (weight + delta)).abs().max() <= (
+        0 if exact else 2**-22 * weight.abs().max()
+    )
+    assert not frozen.dequantized()[weight == 0][delta[weight == 0] == 0].any()
+    if alpha == 6.0 and base["bits"] > 2:
+        assert changed
+    tolerance = 4e-6 if training == "float32" else 2e-2
+    assert (merged - trained).abs().max() <= tolerance * (trained.abs().max() + x.abs().max())
+    assert torch.equal(layer.site.weight(), weight)
+    model.unmerge_adapter()
+    restored = frozen.state_dict()
+    assert restored.keys() == before.keys()
+    assert all(torch.equal(restored[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("method", ON_GRID)
+@law
+@given(base=on_zero)
+def test_weights_that_were_pruned_stay_zero(method, base):
+    config = registry.config_class(method)(r=3, alpha=30, target_modules=["layer"], init_weights=False)
+    model = get_peft_model(quantized(base), config)
+    pruned = model.base_model.model.layer.site.weight() == 0
+    if base["residuals"]:
+        pruned = model.base_model.model.layer.base_layer.residuals == -128
+    assert pruned.float().mean() > 0.3
+    assert not model.merge_and_unload().layer.dequantized()[pruned].any()
+
+
 def test_an_update_that_is_not_constant_on_blocks_is_refused():
     base = {
         "bits": 4,
@@ -150,3 +229,4 @@ def test_an_update_that_is_not_constant_on_blocks_is_refused():
 
 def test_every_method_with_blocks_is_here():
     assert {"q_bara", "qa_hira", "qa_lora", "qa_blora"} <= set(EXACT)
+    assert ON_GRID == ["qa_sparse_peft"]
