@@ -1,6 +1,6 @@
-"""What a file holds, read from the file alone: no model, and torch for files of bases only.
+"""What a file holds, read from the file alone: no model, and torch for bases and quantized layers only.
 
-Knows compact records, PEFT folders, safetensors files and files of bases.
+Knows compact records, PEFT folders, safetensors files and files of bases; model folders are in `model_inspection`.
 """
 
 from __future__ import annotations
@@ -9,24 +9,23 @@ import json
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from modicum.errors import ConfigError, CorruptAdapterError, listing
+from modicum.store.model_inspection import OK, ModelInspection, inspect_model
 from modicum.store.numbers import finite
 from modicum.store.record import MAGIC, decode, peek
+from modicum.store.sub_networks import ActiveSubNetwork, of_adapter, unfit
+from modicum.store.tensor_files import DamagedFileError, StoredTensor, read_header
 
-OK = "ok"
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-#: safetensors' type names -> (ours, NumPy type)
-_SAFETENSORS = {
-    "F64": ("float64", "<f8"), "F32": ("float32", "<f4"), "F16": ("float16", "<f2"), "BF16": ("bfloat16", "<u2"),
-    "I64": ("int64", "<i8"), "I32": ("int32", "<i4"), "U8": ("uint8", "u1"), "I8": ("int8", "i1"),
-    "BOOL": ("bool", "?"),
-}  # fmt: skip
 #: what PEFT's names for our methods start with
 _OURS = "MODICUM_"
+#: what PEFT puts before the names of a model's modules
+_PEFT = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,13 @@ class Inspection:
     basis_fingerprint: str | None = None
     recipe_digest: str | None = None
     digest: str | None = None
+    #: of an elastic adapter: which of its sub-networks runs on loading
+    sub_network: ActiveSubNetwork | None = None
     options: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-def inspect(path: str | Path) -> Inspection:
+def inspect(path: str | Path) -> Inspection | ModelInspection:
     """What the file or folder at `path` holds, and whether it is undamaged.
 
     Damage is reported in `state`, not raised: a damaged file still says what can be read of it.
@@ -74,9 +75,13 @@ def inspect(path: str | Path) -> Inspection:
     if source.is_dir():
         if (source / "adapter" / _CONFIG).is_file():
             source /= "adapter"
-        if not (source / _CONFIG).is_file():
-            raise ConfigError(f"{source} is no adapter folder: it has no {_CONFIG}")
-        return _folder(source)
+        if (source / _CONFIG).is_file():
+            return _folder(source)
+        if (source / "config.json").is_file():
+            return inspect_model(source)
+        raise ConfigError(
+            f"{source} is no adapter folder, it has no {_CONFIG}, and no model folder, it has no config.json"
+        )
     if not source.is_file():
         raise ConfigError(f"nothing at {source}")
     if source.suffix == ".safetensors":
@@ -100,22 +105,25 @@ def _record(path: Path) -> Inspection:
         state = str(error)
     about = dict(header.description)
     options = about.pop("config", {})
+    shapes = dict(zip(header.layout.names, header.layout.shapes, strict=True))
+    active, fault = _active(shapes, options)
     return Inspection(
         path=path,
         kind="compact record",
-        state=state,
+        state=fault if state == OK else state,
         method=header.method,
         dtypes=tuple(dict.fromkeys([header.dtype, *(dtype for _, dtype, _ in about.pop("sections"))])),
         tensors=header.tensors,
         values=header.values,
         head_values=head_values,
-        ranks=_ranks(zip(header.layout.names, header.layout.shapes, strict=True)),
+        ranks=_ranks(shapes.items()),
         bytes=header.bytes,
         value_bytes=header.value_bytes,
         head_bytes=header.section_bytes,
         container_bytes=header.container_bytes,
         base_model=options.pop("base_model_name_or_path", None),
         digest=header.digest,
+        sub_network=active,
         options=options,
         **about,
     )
@@ -147,14 +155,32 @@ def _folder(folder: Path) -> Inspection:
     tensors, state = _read_safetensors(weights)
     # what is saved whole does not carry the method's prefix
     mine = {name: spec for name, spec in tensors.items() if f".{kind.lower()}_" in name} or tensors
+    if state == OK:
+        part = f".{kind.lower()}_adapters"
+        shapes = {n.removeprefix(_PEFT).replace(part, ""): t.shape for n, t in mine.items()}
+        about["sub_network"], state = _active(shapes, config)
     return _summary(folder, "PEFT folder", state, mine, tensors, size + weights.stat().st_size, about)
 
 
 #: what the summary shows in fields of its own
 _SHOWN = {
     "peft_type", "base_model_name_or_path", "task_type", "base_fingerprint", "basis_fingerprint", "peft_version",
-    "inference_mode", "auto_mapping",
+    "inference_mode", "auto_mapping", "sub_network",
 }  # fmt: skip
+
+
+def _active(
+    shapes: Mapping[str, tuple[int, ...]], options: dict[str, Any]
+) -> tuple[ActiveSubNetwork | None, str]:
+    """The active sub-network of an adapter with sub-networks, and `ok` or what is wrong with it."""
+    saved = options.pop("sub_network", None)
+    if saved is None and not options.get("search_space"):
+        return None, OK
+    try:
+        found, faults = of_adapter(shapes, saved)
+    except (TypeError, ValueError, AttributeError) as error:
+        return None, unfit([repr(error)])
+    return found, unfit(faults) if faults else OK
 
 
 def _safetensors(path: Path) -> Inspection:
@@ -188,24 +214,25 @@ def _basis(found: Inspection) -> Inspection:
 
 
 def _summary(
-    path: Path, kind: str, state: str, mine: dict, everything: dict, total: int, about: dict[str, Any]
+    path: Path,
+    kind: str,
+    state: str,
+    mine: dict[str, StoredTensor],
+    everything: dict[str, StoredTensor],
+    total: int,
+    about: dict[str, Any],
 ) -> Inspection:
-    def count(tensors: dict) -> tuple[int, int]:
-        sizes = [math.prod(shape) for _, shape in tensors.values()]
-        widths = [np.dtype(dict(_SAFETENSORS.values())[dtype]).itemsize for dtype, _ in tensors.values()]
-        return sum(sizes), sum(n * w for n, w in zip(sizes, widths, strict=True))
-
-    values, value_bytes = count(mine)
-    all_values, all_bytes = count(everything)
+    values, value_bytes = (sum(getattr(t, what) for t in mine.values()) for what in ("size", "bytes"))
+    all_values, all_bytes = (sum(getattr(t, what) for t in everything.values()) for what in ("size", "bytes"))
     return Inspection(
         path=path,
         kind=kind,
         state=state,
-        dtypes=tuple(sorted({dtype for dtype, _ in everything.values()})),
+        dtypes=tuple(sorted({tensor.dtype for tensor in everything.values()})),
         tensors=len(mine),
         values=values,
         head_values=all_values - values,
-        ranks=_ranks((name, shape) for name, (_, shape) in mine.items()),
+        ranks=_ranks((name, tensor.shape) for name, tensor in mine.items()),
         bytes=total,
         value_bytes=value_bytes,
         head_bytes=all_bytes - value_bytes,
@@ -214,31 +241,17 @@ def _summary(
     )
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...]]], str]:
-    """Name -> (type, shape) of a safetensors file, and `ok` or what is wrong with it."""
-    data = path.read_bytes()
+def _read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], str]:
+    """The tensors of a safetensors file by name, and `ok` or what is wrong with it."""
     try:
-        length = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + length])
-        header.pop("__metadata__", None)
-        found, broken, end = {}, [], 8 + length
-        for name, spec in header.items():
-            dtype, kind = _SAFETENSORS[spec["dtype"]]
-            start, stop = (8 + length + offset for offset in spec["data_offsets"])
-            raw = np.frombuffer(data[start:stop], kind)
-            if raw.size != math.prod(spec["shape"]):
-                raise ValueError(f"{name} is cut short")  # noqa: TRY301 - one place words the error
-            found[name], end = (dtype, tuple(spec["shape"])), max(end, stop)
-            if not finite(raw, dtype):
-                broken.append(name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return {}, f"{path.name} is damaged ({error}); get the file again"
-    if end != len(data):
-        return found, f"{path.name} is damaged ({len(data)} bytes instead of {end}); get the file again"
+        found = read_header(path)
+    except DamagedFileError as error:
+        return {}, str(error)
+    broken = [name for name, t in found.items() if not all(finite(part, t.dtype) for part in t.parts())]
     return found, f"NaN or infinite values in {listing(broken)}" if broken else OK
 
 
-def _ranks(tensors: Any) -> tuple[int, ...]:
+def _ranks(tensors: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[int, ...]:
     """Ranks in use: a core is r×r or r long, a LoRA factor is r wide."""
     found = set()
     for name, shape in tensors:

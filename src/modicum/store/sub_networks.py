@@ -1,0 +1,134 @@
+"""Which sub-network a file says is active, read from its configuration and the shapes of its tensors alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from modicum.errors import listing
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(frozen=True)
+class LayerRank:
+    """One adapted layer of an elastic adapter."""
+
+    name: str
+    #: the rank that runs, of the largest that was trained
+    rank: int
+    largest: int
+    #: trained numbers that run, of all
+    active: int
+    values: int
+
+
+@dataclass(frozen=True)
+class ActiveSubNetwork:
+    """The sub-network that runs when a file is loaded."""
+
+    #: 32 hex digits over ranks and widths: an adapter and the model extracted from it have the same
+    digest: str
+    #: whether it is all that was trained
+    whole: bool
+    choices: dict[str, int]
+    widths: dict[str, int]
+    #: rank -> how many layers run at it
+    ranks: dict[int, int]
+    #: trained numbers that run; of a model, which holds none of them, 0
+    active_values: int
+    layers: tuple[LayerRank, ...] = ()
+
+
+def of_adapter(
+    shapes: Mapping[str, tuple[int, ...]], saved: Mapping[str, Any] | None
+) -> tuple[ActiveSubNetwork, list[str]]:
+    """The active sub-network of an adapter with these tensors (`layer.A`, `layer.B`, `layer.R`), and its faults.
+
+    `saved` is what `SubNetwork.as_dict` gave; None or empty is the whole super-network.
+
+    Raises:
+        TypeError, ValueError, AttributeError: `saved` is something else.
+    """
+    saved = saved or {}
+    ranks, cuts = dict(saved.get("ranks", {})), dict(saved.get("cuts", {}))
+    largest = {name.rpartition(".")[0]: _rank(name, shape) for name, shape in shapes.items()}
+    faults = [f"{name} carries no adapter" for name in {**ranks, **cuts} if name not in largest]
+    faults += [
+        f"rank {rank} of {name} (1 to {largest[name]})"
+        for name, rank in ranks.items()
+        if name in largest and not 1 <= rank <= largest[name]
+    ]
+    totals = dict.fromkeys(largest, 0)
+    active = dict.fromkeys(largest, 0)
+    for name, shape in shapes.items():
+        layer, _, leaf = name.rpartition(".")
+        totals[layer] += math.prod(shape)
+        active[layer] += _active(leaf, shape, ranks.get(layer, largest[layer]), cuts.get(layer, {}))
+    layers = tuple(
+        LayerRank(name, ranks.get(name, most), most, active[name], totals[name])
+        for name, most in largest.items()
+    )
+    running = {layer.name: layer.rank for layer in layers}
+    widths = dict(saved.get("widths", {}))
+    found = ActiveSubNetwork(
+        digest=_digest(running, widths, cuts),
+        whole=not cuts and all(layer.rank == layer.largest for layer in layers),
+        choices=dict(saved.get("choices", {})),
+        widths=widths,
+        ranks=_counted(running),
+        active_values=sum(active.values()),
+        layers=layers,
+    )
+    return found, faults
+
+
+def of_model(saved: Mapping[str, Any]) -> ActiveSubNetwork:
+    """The sub-network that a model was extracted as, from the `modicum` entry of its config.json.
+
+    Raises:
+        TypeError, ValueError, AttributeError: `saved` is something else.
+    """
+    ranks, widths = dict(saved.get("ranks", {})), dict(saved.get("widths", {}))
+    choices, cuts = dict(saved.get("choices", {})), dict(saved.get("cuts", {}))
+    digest = _digest(ranks, widths, cuts)
+    return ActiveSubNetwork(digest, not widths and not cuts, choices, widths, _counted(ranks), 0)
+
+
+def unfit(faults: list[str]) -> str:
+    """The state of a file whose sub-network has `faults`."""
+    return f"its sub-network does not fit its tensors: {listing(faults)}; get the file again"
+
+
+def _digest(ranks: Mapping[str, int], widths: Mapping[str, int], cuts: Mapping[str, Any]) -> str:
+    # widths say the same as cuts, and are all that is left of them in a smaller model
+    parts = {
+        "ranks": dict(ranks),
+        "widths": dict(widths),
+        **({} if widths or not cuts else {"cuts": dict(cuts)}),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _counted(ranks: Mapping[str, int]) -> dict[int, int]:
+    counts: dict[int, int] = {}
+    for rank in sorted(ranks.values()):
+        counts[rank] = counts.get(rank, 0) + 1
+    return counts
+
+
+def _rank(name: str, shape: tuple[int, ...]) -> int:
+    return shape[-1] if name.endswith(".B") else shape[0]
+
+
+def _active(leaf: str, shape: tuple[int, ...], rank: int, cut: Mapping[str, Any]) -> int:
+    """How many numbers of one tensor run: A (R, in), B (out, R), or a core (R, R) or (R,)."""
+    if leaf == "R":
+        return rank ** len(shape)
+    across = shape[1] if leaf == "A" else shape[0]
+    runs = cut.get("inputs" if leaf == "A" else "outputs")
+    return rank * (across if runs is None else sum(stop - start for start, stop in runs))
