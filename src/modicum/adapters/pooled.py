@@ -10,10 +10,12 @@ weight take exactly.
 from __future__ import annotations
 
 import abc
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from modicum.adapters.config import AdapterConfig, option
@@ -26,8 +28,9 @@ if TYPE_CHECKING:
     from modicum.adapters.site import Site
 
 
-#: pools up to this width are spread over A instead of averaging the input
-_NARROW_POOL = 4
+#: columns that products with ones have: a matrix product of this width costs little more than reading its input,
+#: and several times less than a sum or copy along a short axis
+_WIDTH = 16
 
 
 class PooledAdapter(Adapter):
@@ -60,6 +63,19 @@ class PooledAdapter(Adapter):
     @abc.abstractmethod
     def matrix(self) -> Tensor:
         """The trained map M from pooled inputs to outputs before they are repeated, (out/q, in/p)."""
+
+    @abc.abstractmethod
+    def factors(self) -> tuple[Tensor, ...]:
+        """The trained matrices whose product is M, the one next to the input first."""
+
+    def forward(self, x: Tensor, base_output: Tensor) -> Tensor:
+        """`base_output` + scaling · E_q M P_p x, shape (*batch, out)."""
+        x = (self.dropout(x) if self.dropout is not None else x).to(base_output.dtype)
+        factors = [factor.to(x.dtype) for factor in self.factors()]
+        # all is in one number type already, which has to be the same in the gradient
+        with torch.autocast(x.device.type, enabled=False):
+            y = _Product.apply(x, base_output, self.scaling, self.pool, self.repeat, *factors)
+        return cast("Tensor", y)
 
     def block_values(self) -> Tensor:
         """(scaling / p) · M, float32."""
@@ -99,40 +115,80 @@ class PooledLowRank(PooledAdapter):
         """B A, float32."""
         return self.B.float() @ self.A.float()
 
-    def forward(self, x: Tensor, base_output: Tensor) -> Tensor:
-        """`base_output` + scaling · E_q B A P_p x, shape (*batch, out)."""
-        x = (self.dropout(x) if self.dropout is not None else x).to(base_output.dtype)
-        a = self.A.to(x.dtype)
-        if self.pool <= _NARROW_POOL:
-            # reading the input once with a wider A costs less than averaging it first
-            z = F.linear(x, spread(a, (1, self.pool))) * (self.scaling / self.pool)
-        else:
-            z = F.linear(pooled(x, self.pool), a) * self.scaling
-        b = spread(self.B.to(x.dtype), (self.repeat, 1))
-        flat = torch.addmm(base_output.reshape(-1, len(b)), z.reshape(-1, b.shape[1]), b.T)
-        return flat.view(base_output.shape)
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B."""
+        return self.A, self.B
 
     def lora_factors(self) -> tuple[Tensor, Tensor]:
         """E_q B (out, k) and A P_p (k, in), float32: the exactly equal LoRA."""
         return spread(self.B.float(), (self.repeat, 1)), spread(self.A.float(), (1, self.pool)) / self.pool
 
 
-def pooled(x: Tensor, size: int) -> Tensor:
-    """Means of `size` neighbours along the last axis, (*batch, n / size)."""
+class _Product(torch.autograd.Function):
+    """`base` + scaling · E_q (… B A) P_p x for factors A, B, …, in the number type they all have.
+
+    Kept for the gradient: the pooled inputs and what each factor but the last makes of them. The gradient of the
+    output is pooled once, and serves all factors.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, base: Tensor, scaling: float, pool: int, repeat: int, *factors: Tensor
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        inner, outer = _ones(rows, pool, factors[0].shape[1]), _ones(rows, repeat, len(factors[-1]))
+        rows, inputs = _sums(rows, pool, inner.div_(pool)), []
+        for factor in factors:
+            inputs.append(rows)
+            rows = rows @ factor.t()
+            # the first product is the narrowest
+            rows = rows if len(inputs) > 1 or scaling == 1 else rows.mul_(scaling)
+        ctx.save_for_backward(inner, outer, *inputs, *factors)
+        ctx.rest = x.shape, scaling, pool, repeat
+        if repeat == 1:
+            return base + rows.view(base.shape)
+        # adds and repeats in one pass
+        flat = torch.addmm(base.reshape(-1, outer.shape[1]), rows.view(-1, len(outer)), outer)
+        return flat.view(base.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - as the decorator types it
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        (grad,), (inner, outer, *saved) = grads, ctx.saved_tensors
+        shape, scaling, pool, repeat = ctx.rest
+        count = len(saved) // 2
+        rows = _sums(grad.reshape(-1, grad.shape[-1]), repeat, outer)
+        found: list[Tensor] = []
+        for index in reversed(range(count)):
+            rows = rows if index or scaling == 1 else rows * scaling
+            found.insert(0, rows.t() @ saved[index])
+            if index or ctx.needs_input_grad[0]:
+                rows = rows @ saved[count + index]
+        x_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = rows if pool == 1 else rows.view(-1, len(inner)) @ inner
+            x_grad = x_grad.view(shape)
+        return x_grad, grad, None, None, None, *found
+
+
+def _ones(like: Tensor, size: int, groups: int) -> Tensor:
+    """A matrix (m, m · size) that repeats m entries `size` times each; its transpose sums. M divides `groups`."""
+    count = math.gcd(groups, max(1, _WIDTH // size))
+    return torch.eye(count, dtype=like.dtype, device=like.device).repeat_interleave(size, 1)
+
+
+def _sums(rows: Tensor, size: int, ones: Tensor) -> Tensor:
+    """Sums of `size` neighbours in each row, weighted as in `ones`, (rows, n / size)."""
     if size == 1:
-        return x
-    # a product with a row of constants: several times faster than a mean over a short axis
-    means = F.linear(x.reshape(-1, size), x.new_full((1, size), 1 / size))
-    return means.view(*x.shape[:-1], -1)
-
-
-def add_repeated(base: Tensor, update: Tensor, times: int) -> Tensor:
-    """`base` (*batch, n) plus `update` (*batch, n / times) with each entry repeated `times` times in place."""
-    if times == 1:
-        return base + update
-    # an outer product with ones adds and repeats in one pass
-    flat = torch.addmm(base.reshape(-1, times), update.reshape(-1, 1), base.new_ones(1, times))
-    return flat.view(base.shape)
+        return rows
+    if rows.dtype == torch.float32:
+        if size == 2:
+            return (rows[:, ::2] + rows[:, 1::2]).mul_(ones[0, 0])
+        # float32 is fastest with one column, narrower types with a few
+        ones = ones[:1, :size]
+    return F.linear(rows.reshape(-1, ones.shape[1]), ones).view(len(rows), -1)
 
 
 def pool_option(default: int) -> int:

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, cast, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from modicum.adapters.config import AdapterConfig
-from modicum.adapters.pooled import PooledAdapter, add_repeated, pool_option, pooled, repeat_option
+from modicum.adapters.pooled import PooledAdapter, pool_option, repeat_option
 
 if TYPE_CHECKING:
     from modicum.adapters.site import Site
@@ -66,8 +65,6 @@ class QAHira(PooledAdapter):
         """A."""
         return self.A
 
-    def forward(self, x: Tensor, base_output: Tensor) -> Tensor:
-        """`base_output` + scaling · E_q A P_p x, shape (*batch, out)."""
-        x = (self.dropout(x) if self.dropout is not None else x).to(base_output.dtype)
-        update = F.linear(pooled(x, self.pool) * self.scaling, self.A.to(x.dtype))
-        return add_repeated(base_output, update, self.repeat)
+    def factors(self) -> tuple[Tensor]:
+        """A alone."""
+        return (self.A,)
