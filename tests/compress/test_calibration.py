@@ -97,13 +97,14 @@ def test_data_sets_are_read_by_name(tmp_path):
     """A folder stands for a data set on the hub, which `datasets` reads alike."""
     tokenizer, name = small.tokenizer(), f"hub:{tmp_path}"
     small.write_jsonl(tmp_path / "train.jsonl", [{"text": ALPHABET, "other": "no"} for _ in range(4)])
-    small.write_jsonl(tmp_path / "test.jsonl", [{"question": "abc", "answer": "xyz", "n": 3}] * 9)
+    (tmp_path / "pairs").mkdir()
+    small.write_jsonl(tmp_path / "pairs" / "test.jsonl", [{"question": "abc", "answer": "xyz", "n": 3}] * 9)
     (tmp_path / "same.txt").write_text("\n".join([ALPHABET] * 4))
     found = text_sequences([name], tokenizer, 1, 100)
     assert torch.equal(found.ids, text_sequences([tmp_path / "same.txt"], tokenizer, 1, 100).ids)
     assert found.source == name
     # evaluation has the test split; columns of text are joined where none is called text
-    judged = evaluation_sequences(name, tokenizer, 1, 9)
+    judged = evaluation_sequences(f"{name}/pairs", tokenizer, 1, 9)
     assert tokenizer.decode(judged.ids[0]) == "<s>abc\nxyz\n"
     # a large data set is read no further than it takes
     small.write_jsonl(tmp_path / "train.jsonl", [{"text": ALPHABET} for _ in range(900)])
