@@ -616,3 +616,21 @@ def test_a_sparse_model_is_quantized_and_loaded_like_any_other(plain, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)
     sparse = tensors_of(tmp_path / "s")["model.layers.0.mlp.up_proj.weight"]
     assert (model.model.layers[0].mlp.up_proj.weight[sparse == 0] == 0).all()
+
+
+@pytest.mark.shared_data
+def test_the_embedded_model_on_stories(shared_data, tmp_path):
+    import gzip
+
+    for name, size in (("train", 150_000), ("valid", 40_000)):
+        with gzip.open(shared_data / "tinystories" / f"{name}.txt.gz", "rt", encoding="utf-8") as file:
+            (tmp_path / f"{name}.txt").write_text(file.read(size), encoding="utf-8")
+    lost = {}
+    for algorithm, files in (("wanda", (tmp_path / "train.txt",)), ("magnitude", ())):
+        options = SparsifyOptions(
+            algorithm=algorithm, pattern="2:4", calibration=files, sequences=24, sequence_length=128,
+            eval_text=tmp_path / "valid.txt", eval_sequences=12,
+        )  # fmt: skip
+        report = sparsify_model("embedded", tmp_path / algorithm, options)
+        lost[algorithm] = report.perplexity_after - report.perplexity_before
+    assert 0 < lost["wanda"] < 0.8 * lost["magnitude"]
