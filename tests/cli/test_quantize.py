@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -68,6 +69,29 @@ def test_the_table(text, tmp_path, capsys):
     plan = run(capsys, *words(text, tmp_path / "p", "--algorithm", "rtn", "--dry-run"))
     assert "(nothing written)" in plan.out
     assert "model.layers.1.mlp.down_proj" in plan.out
+
+
+def test_zeros_and_residuals_are_asked_for(text, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "sparse"
+    shutil.copytree(small.llama(), folder)
+    tensors = load_file(folder / "model.safetensors")
+    for key in tensors:
+        if key.endswith("_proj.weight"):
+            tensors[key][::2] = 0
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    chosen = ["quantize", folder, "--group-size", 16, "--no-eval", "--algorithm", "mse", "--keep-zeros"]
+    refused = run(capsys, *chosen, "--output", tmp_path / "q")
+    assert "zero_point = 'integer' or 'none', not 'float'" in refused.err
+    done = run(capsys, *chosen, "--keep-residuals", "--zero-point", "integer", "--output", tmp_path / "q")
+    assert done.code == 0, done.err
+    assert "(50.0%), all kept" in done.out
+    # 4 bits, 48 for a group of 16, 8 of residuals
+    assert "15.000" in done.out
+    assert (
+        json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]["residuals"] is True
+    )
 
 
 def test_without_evaluation_no_text_is_needed(tmp_path, capsys):

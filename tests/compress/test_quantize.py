@@ -156,6 +156,68 @@ def test_the_folder_holds_what_the_report_says(chosen, options, text, tmp_path):
     assert {file.stat().st_mode & 0o777 for file in (tmp_path / "q").iterdir()} == {0o644}
 
 
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    """The small model with half of each matrix pruned by magnitude."""
+    folder = tmp_path_factory.mktemp("sparse") / "model"
+    shutil.copytree(small.llama(), folder)
+    tensors = load_file(folder / "model.safetensors")
+    for key, weight in tensors.items():
+        if key.endswith("_proj.weight"):
+            weight[weight.abs() < weight.abs().median()] = 0
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"algorithm": "gptq", "bits": 4, "zero_point": "integer"},
+        {"algorithm": "gptq", "bits": 2, "zero_point": "none", "act_order": True, "clip": "mse"},
+        {"algorithm": "mse", "bits": 3, "zero_point": "integer"},
+        {"algorithm": "rtn", "bits": 4, "zero_point": "none", "block": (8, 4)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("residuals", [False, True])
+def test_zeros_stay_zeros(chosen, residuals, sparse, options, text, tmp_path):
+    calibration = (text,) if chosen["algorithm"] == "gptq" else ()
+    options = dataclasses.replace(
+        options, **chosen, calibration=calibration, keep_zeros=True, keep_residuals=residuals
+    )
+    plan = quantize_model(str(sparse), tmp_path / "q", options, dry_run=True)
+    report = quantize_model(str(sparse), tmp_path / "q", options)
+    assert plan.bits_per_weight == report.bits_per_weight
+    original, stored = tensors_of(sparse), tensors_of(tmp_path / "q")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)
+    own = [t for key, t in stored.items() if key.endswith(("codes", "scales", "offsets", "residuals"))]
+    assert report.bits_per_weight == pytest.approx(8 * sum(t.nbytes for t in own) / report.quantized_weights)
+    for layer in report.layers:
+        weight, module = original[f"{layer.name}.weight"], model.get_submodule(layer.name)
+        pruned, value = weight == 0, module.dequantized()
+        assert not value[pruned].any()
+        assert layer.sparsity == pytest.approx(0.5, abs=0.01)
+        assert layer.zeros == layer.zeros_kept == int(pruned.sum())
+        assert module.spec.residuals is residuals
+        if residuals:
+            assert torch.equal(module.residuals == -128, pruned)
+            assert (module.residuals[~pruned].abs() > 64).float().mean() > 0.2
+            if chosen["algorithm"] != "gptq":
+                steps = (weight - value) / module.grid().scales.float().abs().max()
+                back = torch.sign(module.residuals.float()) * (steps.abs() > 0.05)
+                assert torch.equal(back[~pruned], (torch.sign(steps) * (steps.abs() > 0.05))[~pruned])
+        else:
+            assert module.residuals is None
+    assert report.zeros == report.zeros_kept == sum(layer.zeros for layer in report.layers)
+
+
+def test_gptq_without_a_mask_fills_zeros_and_the_report_says_so(sparse, options, text, tmp_path):
+    report = quantize_model(
+        str(sparse), tmp_path / "q", with_gptq(options, text, bits=4, zero_point="integer")
+    )
+    assert 0.8 * report.zeros < report.zeros_kept < report.zeros
+
+
 def test_without_evaluation_matrices_are_rounded_one_by_one(options, tmp_path):
     streamed = quantize_model(str(small.llama()), tmp_path / "a", options)
     plain = quantize_model(
@@ -687,6 +749,11 @@ def test_what_is_quantized_already_is_refused(options, tmp_path):
             {"head": True, "block": (8, 4)},
             r"blocks of 8 outputs do not divide lm_head \(101\); .*or leave --head out",
         ),
+        (
+            {"keep_zeros": True, "keep_residuals": True},
+            r"keep_zeros and keep_residuals: needs grids that hold 0, zero_point = 'integer' or 'none'",
+        ),
+        ({"keep_residuals": True, "algorithm": "int8"}, "keep_residuals: an option of gptq, mse and rtn"),
         ({"head": True, "algorithm": "nf4"}, "nf4 .* keeps the output head in full precision; gptq, mse and"),
         ({"head": True, "algorithm": "int8"}, "int8 .* keeps the output head in full precision"),
     ],

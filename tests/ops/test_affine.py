@@ -11,14 +11,17 @@ from hypothesis import strategies as st
 
 from modicum.ops.affine import (
     BITS,
+    PRUNED,
     Grid,
     blocks_of,
     decode,
     encode,
     fit_grid,
+    left_over,
     middle,
     pack,
     packed_width,
+    residuals,
     spread,
     unpack,
     zero_points,
@@ -61,6 +64,30 @@ def test_unpacking_is_the_inverse_of_packing(bits, out, columns, seed):
     assert packed.dtype == torch.uint8
     assert packed.shape == (out, packed_width(columns, bits))
     assert torch.equal(unpack(packed, bits, columns), codes)
+
+
+def test_masks_are_packed_by_the_bit():
+    mask = noise(5, 37) > 0
+    packed = pack(mask.to(torch.uint8), 1)
+    assert packed.shape == (5, packed_width(37, 1)) == (5, 5)
+    assert torch.equal(unpack(packed, 1, 37).bool(), mask)
+
+
+@settings(deadline=None)
+@given(weight=weights, bits=bits_of, zero_point=zero_point_of)
+def test_value_and_residual_round_to_the_same_code_again(weight, bits, zero_point):
+    weight, block = weight
+    # clipped, so that some weights lie beyond the grid
+    grid = fit_grid(weight, bits, block, zero_point=zero_point, clip="mse")
+    codes = encode(weight, grid, bits, block)
+    kept = weight > weight.median()
+    left = left_over(weight, codes, grid, bits, block)
+    found = residuals(left.clone(), kept)
+    assert torch.equal(found == PRUNED, ~kept)
+    again = (codes.float() + found.float() / 256).round()
+    assert torch.equal(again[kept], codes.float()[kept])
+    near = kept & (left.abs() <= 127 / 256)
+    assert ((found / 256 - left)[near].abs() <= 0.5 / 256 + 1e-5).all()
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modicum.errors import ConfigError
-from modicum.ops.affine import Grid, decode, encode, fit_grid, middle
+from modicum.ops.affine import PRUNED, Grid, decode, encode, fit_grid, middle, spread
 from modicum.ops.gptq import Hessian, gptq
 
 
@@ -179,6 +179,38 @@ def test_pruned_weights_stay_exactly_zero(block, zero_point, act_order):
     order = h.diagonal().argsort(descending=True, stable=True) if act_order else None
     want = published(weight, h, 4, block, mask=mask, order=order, zero_point=zero_point)
     assert_like_published(got, want, pruned, 4, block, h)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("block", [(1, 32), (8, 4)])
+def test_residuals_are_what_rounding_took_from_the_corrected_weights(block, masked, act_order):
+    weight, x = noise(24, 96), inputs(400, 96)
+    mask = weight.abs() > weight.abs().median() if masked else None
+    options = {"zero_point": "integer", "act_order": act_order, "mask": mask}
+    h = hessian_of(x)
+    got = gptq(weight, h, 4, block, keep_residuals=True, **options)
+    plain = gptq(weight, h, 4, block, **options)
+    assert plain.residuals is None
+    assert torch.equal(got.codes, plain.codes)
+    kept = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask
+    assert torch.equal(got.residuals == PRUNED, ~kept)
+    # ŵ_i was rounded from w_i + Σ_{j<i} Δ_j R_ji / R_ii, with Δ = W − Ŵ in the order of the columns
+    order = h.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(96)
+    turned = order.flip(0)
+    damped = h + 0.01 * h.diagonal().mean() * torch.eye(96)
+    factor = torch.linalg.cholesky(damped[turned][:, turned].double()).flip(0, 1)
+    feedback = (factor / factor.diagonal()).triu(1)
+    values = decode(got.codes, got.grid, 4, block).double()
+    pruned = (weight * kept).double()
+    error = (pruned - values)[:, order]
+    target = torch.empty_like(error)
+    target[:, :] = pruned[:, order] + error @ feedback
+    left = (target - values[:, order]) / spread(got.grid.scales.double(), block)[:, order]
+    wanted = (256 * left).round().clamp(-127, 127)
+    found = got.residuals[:, order].double()
+    assert (found - wanted)[kept[:, order]].abs().max() <= 1
+    assert found[kept[:, order]].abs().mean() > 30
 
 
 @pytest.mark.parametrize(

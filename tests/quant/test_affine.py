@@ -17,6 +17,7 @@ from modicum.errors import ConfigError, CorruptAdapterError, InexactMergeError
 from modicum.ops.affine import Grid, fit_grid
 from modicum.quant import int4pack, matmul
 from modicum.quant.affine import AffineLinear, fold
+from modicum.quant.base import format_of
 from modicum.quant.huggingface import AffineQuantizer, effective_bits, quantize_linears, quantized_linear
 from modicum.quant.spec import AffineSpec
 
@@ -172,6 +173,20 @@ def test_what_a_layer_costs_in_memory_is_what_the_spec_says():
         assert sum(t.numel() * t.element_size() for t in found.buffers()) == size
 
 
+def test_a_fold_forgets_the_residuals_and_undoing_it_brings_them_back():
+    found = layer(zero_point="integer", offset_dtype="float32", residuals=True)
+    fmt, before = format_of(found), found.residuals
+    assert found.spec.bits_per_weight(64, 128) == 4 + 48 / 32 + 8
+    saved = fmt.snapshot(found)
+    fmt.fold(found, torch.ones(64, 4), (1, 32))
+    assert found.residuals is None
+    assert found.spec.bits_per_weight(64, 128) == 4 + 48 / 32
+    fmt.restore(found, saved)
+    assert found.residuals is before
+    with pytest.raises(ConfigError, match="residuals need 0 on the grid"):
+        AffineLinear(32, 32, AffineSpec(4, (1, 32), residuals=True))
+
+
 def saved(folder, **options):
     model = llama()
     config = AffineConfig(**{"bits": 4, "group_size": 16, **options})
@@ -182,7 +197,14 @@ def saved(folder, **options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"bits": 3}, {"zero_point": "none", "block": [8, 4]}, {"zero_point": "integer"}]
+    "options",
+    [
+        {},
+        {"bits": 3},
+        {"zero_point": "none", "block": [8, 4]},
+        {"zero_point": "integer"},
+        {"zero_point": "integer", "residuals": True},
+    ],
 )
 def test_a_quantized_folder_loads_like_any_other(options, tmp_path):
     model = saved(tmp_path / "q", **options)
@@ -197,6 +219,9 @@ def test_a_quantized_folder_loads_like_any_other(options, tmp_path):
     for name, module in narrow.named_modules():
         if isinstance(module, AffineLinear):
             assert torch.equal(module.dequantized(), again.get_submodule(name).dequantized())
+            assert (module.residuals is not None) == options.get("residuals", False)
+            if module.residuals is not None:
+                assert torch.equal(module.residuals, model.get_submodule(name).residuals)
     assert effective_bits(again) == effective_bits(model)
 
 
