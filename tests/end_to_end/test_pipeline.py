@@ -54,7 +54,7 @@ def test_quantize_tune_merge_export_measure_and_again(recipe):
     assert "--resume" in json.loads(again.stdout)["error"]
     kept = modicum("run", "--config", recipe, "--json", "--resume", "train.learning_rate=0.05")
     assert kept.returncode == 0, kept.stderr
-    assert set(json.loads(kept.stdout)["reused"]) == {"base", "tune", "merge", "onnx"}
+    assert set(json.loads(kept.stdout)["reused"]) == {"quantize", "tune", "merge", "onnx"}
     assert json.loads(kept.stdout)["measure"] == measured
     other = modicum("run", "--config", recipe, "--json", "--resume", "train.learning_rate=0.01")
     assert "another recipe" in json.loads(other.stdout)["error"]

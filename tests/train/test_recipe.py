@@ -67,7 +67,7 @@ train:
     [
         ("model: [\n", r"r.yaml:2: no valid YAML"),
         ("model: {name_or_path: a}\nmodel: {}\n", r"line 2: model is given twice"),
-        ("- a\n", r"a recipe is a mapping of sections: model, quantize, data"),
+        ("- a\n", r"a recipe is a mapping of sections: model, sparsify, reorder, quantize, data"),
         ("", r"a recipe is a mapping of sections"),
         ("data: {train: x}\n", r"model is missing"),
         ("model: {name_or_path: a}\ndata: {validation: b}\n", r"r.yaml:2: data.train is missing"),

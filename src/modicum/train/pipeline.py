@@ -1,4 +1,6 @@
-"""Every stage of a recipe in order: quantize → tune → merge → export → measure.
+"""Every stage of a recipe in order.
+
+sparsify → reorder → quantize → tune → search → extract or merge → export → measure
 
 Each stage leaves a folder of its own in the recipe's output and is passed over when that is there already, so a
 run that was cut goes on where it stopped.
@@ -10,18 +12,22 @@ import shutil
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from modicum.compress import reorder, sparsify_report, writing
 from modicum.compress.export import export_model
 from modicum.compress.merge import merge_to_folder
 from modicum.compress.quantize import quantize_model
+from modicum.compress.reorder import reorder_model
+from modicum.compress.sparsify import sparsify_model
 from modicum.data.prepare import prepare
 from modicum.errors import ConfigError
 from modicum.evaluate.run import evaluate
+from modicum.models.architecture import read_config
 from modicum.models.loading import load_adapted, load_base, load_tokenizer, quiet_transformers
 from modicum.store.atomic import write_text
 from modicum.train import artifacts
 from modicum.train.methods import FULL
 from modicum.train.run import tune
-from modicum.train.stages import quantize_options
+from modicum.train.stages import STAGES, before_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +36,14 @@ if TYPE_CHECKING:
     from modicum.train.callbacks import Show
     from modicum.train.recipe import Recipe
 
-BASE, TUNE, MERGED, EXPORT, REPORT = "base", "tune", "merged", "export", "pipeline.json"
+TUNE, SEARCH, CHOSEN, EXTRACTED, MERGED = "tune", "search", "chosen", "extracted", "merged"
+EXPORT, REPORT = "export", "pipeline.json"
+#: stage before training -> its folder, what does it, and the report in the folder
+_BEFORE: dict[str, tuple[str, Callable[..., Any], str]] = {
+    "sparsify": ("sparse", sparsify_model, sparsify_report.REPORT),
+    "reorder": ("reordered", reorder_model, reorder.REPORT),
+    "quantize": ("base", quantize_model, writing.REPORT),
+}
 #: rows that the merge error is measured on
 _MEASURED = 32
 
@@ -67,6 +80,8 @@ def run_recipe(
     with quiet_transformers():
         base = job.base()
         job.tuned(base, resume=resume or bool(job.reused), show=show)
+        job.searched()
+        job.extracted(base)
         job.merged(base)
         job.exported()
         job.measured(base)
@@ -82,31 +97,72 @@ class _Pipeline:
         self.adapter: Path | None = None
 
     def base(self) -> str:
-        """The base model to train on: quantized, or the recipe's own."""
-        if self.recipe.quantize is None:
-            return self.recipe.model.name_or_path
-        folder = self.folder / BASE
-        if self._is_there(folder, BASE):
-            self.report["quantize"] = artifacts.read_json(folder / "quantization_report.json")
-            return str(folder)
-        self.say("quantize")
-        options = quantize_options(self.recipe.quantize)
-        partial = folder.with_name(f"{folder.name}.partial").exists()
-        report = quantize_model(self.recipe.model.name_or_path, folder, options, resume=partial)
-        self.report["quantize"] = asdict(report)
-        return str(folder)
+        """The base model to train on: the recipe's own, made sparse, reordered, quantized as it wants."""
+        model = self.recipe.model.name_or_path
+        for stage, (name, make, report) in _BEFORE.items():
+            values = getattr(self.recipe, stage)
+            if values is None:
+                continue
+            folder = self.folder / name
+            if not self._is_there(folder, stage):
+                self.say(stage)
+                partial = {"resume": True} if folder.with_name(f"{name}.partial").exists() else {}
+                make(model, folder, before_options(stage, values), **partial)
+            self.report[stage] = artifacts.read_json(folder / report)
+            model = str(folder)
+        return model
 
     def tuned(self, base: str, *, resume: bool, show: Show) -> None:
         """Train on `base`."""
         self.say("tune")
         recipe = self.recipe.with_values(
-            model__name_or_path=base, output=str(self.folder / TUNE), quantize=None, merge=None, export=[]
+            model__name_or_path=base, output=str(self.folder / TUNE), **{**dict.fromkeys(STAGES), "export": []}
         )
         result = tune(recipe, resume=resume or (self.folder / TUNE).exists(), show=show)
         if result.reused:
             self.reused.append(TUNE)
         self.adapter = result.adapter
         self.report["tune"] = result.report
+
+    def searched(self) -> None:
+        """Search the super-network, and go on with the best sub-network as the active one."""
+        options = self.recipe.search
+        if options is None:
+            return
+        from modicum.adapters.elastic import SubNetwork
+        from modicum.store.sub_network import with_sub_network
+        from modicum.train.search import search_run
+
+        chosen = self.folder / CHOSEN
+        if not self._is_there(chosen, "search", "adapter_config.json"):
+            self.say("search")
+            found = search_run(self.folder / TUNE, options, self.folder / SEARCH, resume=True)
+            values = found.sub_network()
+            if values is None:
+                raise ConfigError(
+                    f"none of the {len(found.points)} sub-networks that were evaluated keeps the budgets; give the "
+                    "search more trials or wider budgets"
+                )
+            assert self.adapter is not None
+            with_sub_network(self.adapter, chosen, SubNetwork.read(values))
+        self.adapter = chosen
+        report = artifacts.read_json(self.folder / SEARCH / "search.json") or {}
+        self.report["search"] = {key: report.get(key) for key in ("best", "front", "objectives", "whole")}
+
+    def extracted(self, base: str) -> None:
+        """Write the active sub-network as a smaller model, if the recipe wants it."""
+        options = self.recipe.extract
+        if options is None or self._is_there(self.folder / EXTRACTED, "extract"):
+            return
+        from modicum.compress.extract import extract
+
+        self.say("extract")
+        model, tokenizer = self._adapted(base)
+        stored = str(read_config(base).dtype or "float32").removeprefix("torch.")
+        dtype = stored if options.dtype == "auto" else options.dtype
+        texts = self._texts(base)
+        result = extract(model, self.folder / EXTRACTED, tokenizer=tokenizer, dtype=dtype, texts=texts)
+        self.report["extract"] = asdict(result)
 
     def merged(self, base: str) -> None:
         """Fold the adapter in, if the recipe wants it."""
@@ -133,14 +189,14 @@ class _Pipeline:
                 continue
             self.say(f"export {name}")
             target.parent.mkdir(parents=True, exist_ok=True)
-            merged = str(self.folder / MERGED)
+            merged = str(self.folder / (MERGED if self.recipe.extract is None else EXTRACTED))
             allow = self.recipe.merge is not None and self.recipe.merge.allow_inexact
             model = load_base(merged, dtype="float32")
             result = export_model(model, load_tokenizer(merged), target, name, allow)
             self.report.setdefault("export", {})[name] = asdict(result)
 
     def measured(self, base: str) -> None:
-        """Measure on the test rows: the base, the base with the adapter, and the merged model."""
+        """Measure on the test rows: the base, the base with the adapter, and the model that was written."""
         tokenizer = load_tokenizer(base)
         task = self.recipe.model.task
         prepared = prepare(self.recipe.data, tokenizer, task, self.recipe.model.num_labels)
@@ -148,11 +204,12 @@ class _Pipeline:
             return
         self.say("measure")
         names = {"base": (base, False), "adapted": (base, True)}
-        if (self.folder / MERGED).is_dir():
-            names["merged"] = (str(self.folder / MERGED), False)
+        for name in (MERGED, EXTRACTED):
+            if (self.folder / name).is_dir():
+                names[name] = (str(self.folder / name), False)
         found = {}
         for name, (path, with_adapter) in names.items():
-            if task != "causal_lm" and not with_adapter:
+            if task != "causal_lm" and name == "base":
                 continue  # without its trained head a classifier answers at random
             model = load_base(path, task, num_labels=prepared.num_labels, tokenizer=tokenizer)
             if with_adapter and self.adapter is not None and self.recipe.method.name != FULL:
@@ -160,6 +217,14 @@ class _Pipeline:
             measures = evaluate(model, tokenizer, prepared.test, task).as_dict()["metrics"]
             found[name] = measures
         self.report["measure"] = found
+
+    def _adapted(self, base: str) -> tuple[Any, Any]:
+        """The base with the adapter, and its tokenizer."""
+        task, tokenizer = self.recipe.model.task, load_tokenizer(base)
+        prepared = prepare(self.recipe.data, tokenizer, task, self.recipe.model.num_labels)
+        model = load_base(base, task, num_labels=prepared.num_labels, tokenizer=tokenizer)
+        assert self.adapter is not None
+        return load_adapted(model, self.adapter), tokenizer
 
     def _texts(self, base: str) -> list[str]:
         """Real rows to measure the merge error on: of validation, or of training."""
@@ -180,7 +245,8 @@ def _claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     """Make the recipe's folder ours, or say why it is not."""
     folder, file = recipe.folder, recipe.folder / artifacts.RECIPE
     if overwrite:
-        for name in (BASE, f"{BASE}.partial", TUNE, MERGED, EXPORT):
+        before = [name for folder, _, _ in _BEFORE.values() for name in (folder, f"{folder}.partial")]
+        for name in (*before, TUNE, SEARCH, CHOSEN, EXTRACTED, MERGED, EXPORT):
             shutil.rmtree(folder / name, ignore_errors=True)
         for name in (REPORT, artifacts.RECIPE):
             (folder / name).unlink(missing_ok=True)

@@ -13,10 +13,11 @@ from modicum.data.options import DataOptions, Section, Task
 from modicum.errors import ConfigError, did_you_mean
 from modicum.evaluate.metrics import LARGER_IS_BETTER, TASK_METRICS
 from modicum.models.loading import Dtype  # noqa: TC001, pydantic reads it at run time
+from modicum.search.options import SearchOptions
 from modicum.search.spec import read_space
 from modicum.train import defaults
 from modicum.train.methods import option_faults
-from modicum.train.stages import ElasticOptions, MergeOptions, stage_faults
+from modicum.train.stages import AFTER, BEFORE, ElasticOptions, ExtractOptions, MergeOptions, stage_faults
 from modicum.train.yaml_lines import Lines, read_yaml, yaml_value
 
 if TYPE_CHECKING:
@@ -119,18 +120,36 @@ class SweepOptions(Section):
     confidence: float = Field(0.95, gt=0, lt=1, description="Confidence of the intervals over seeds.")
 
 
+#: sections that may be absent
+_SECTIONS = {
+    "sweep": SweepOptions,
+    "elastic": ElasticOptions,
+    "search": SearchOptions,
+    "extract": ExtractOptions,
+    "merge": MergeOptions,
+}
+
+
 class Recipe(Section):
     """Everything a training run depends on, and the stages that `modicum run` puts around it."""
 
     model: ModelOptions
+    sparsify: dict[str, Any] | None = Field(
+        None, description="Zero weights of the base model first; the options of `modicum sparsify`."
+    )
+    reorder: dict[str, Any] | None = Field(
+        None, description="Then put channels and heads in order; the options of `modicum reorder`."
+    )
     quantize: dict[str, Any] | None = Field(
-        None, description="Quantize the base model first; the options of `modicum quantize`."
+        None, description="Then quantize it; the options of `modicum quantize`."
     )
     data: DataOptions
     method: MethodOptions = Field(default_factory=lambda: MethodOptions(name="lora_xs"))
     train: TrainOptions = Field(default_factory=TrainOptions)  # pyright: ignore[reportArgumentType]
     elastic: ElasticOptions | None = None
     sweep: SweepOptions | None = None
+    search: SearchOptions | None = None
+    extract: ExtractOptions | None = None
     merge: MergeOptions | None = None
     export: list[str] = Field(default_factory=list, description="Formats to export the merged model to.")
     output: str | None = Field(None, description="Folder of the results; runs/NAME-OF-THE-RECIPE when unset.")
@@ -171,7 +190,7 @@ class Recipe(Section):
         """16 hex digits over everything that changes the numbers: all but where results and logs go."""
         values = self.model_dump(
             mode="json",
-            exclude={"output": True, "merge": True, "export": True, "train": {"report_to", "logging_steps"}},
+            exclude={**dict.fromkeys(AFTER, True), "output": True, "train": {"report_to", "logging_steps"}},
         )
         values["train"] |= {
             "learning_rate": self.learning_rate,
@@ -252,12 +271,24 @@ def json_schema() -> dict[str, Any]:
 
 
 def _stage_faults(recipe: Recipe) -> list[tuple[tuple[str | int, ...], str]]:
-    found = stage_faults(recipe.quantize, recipe.export)
+    found = stage_faults({name: getattr(recipe, name) for name in BEFORE}, recipe.export)
     faults: list[tuple[tuple[str | int, ...], str]] = [
         (tuple(p.split(".")), said) for p, said in found.items()
     ]
-    if recipe.export and recipe.merge is None:
-        faults.append((("export",), "export needs the section merge: what is exported is the merged model"))
+    if recipe.export and recipe.merge is None and recipe.extract is None:
+        faults.append((("export",), "export needs the section merge or extract: what it writes is exported"))
+    if recipe.merge is not None and recipe.extract is not None:
+        faults.append(
+            (("extract",), "extract merges the adapter on the way out: leave the section merge out")
+        )
+    if recipe.search is not None:
+        metrics = [*TASK_METRICS[recipe.model.task], "exact_match"]
+        faults += [(("search",), fault) for fault in recipe.search.faults(recipe.metric, metrics)]
+    alone = [name for name in ("search", "extract") if getattr(recipe, name) is not None]
+    if alone and recipe.elastic is None:
+        faults.append(
+            ((alone[0],), f"{' and '.join(alone)} needs the section elastic, which trains sub-networks")
+        )
     return faults
 
 

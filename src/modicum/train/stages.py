@@ -1,4 +1,7 @@
-"""The stages around training that a recipe may have: quantize before it, merge and export after it."""
+"""The stages around training that a recipe may have, in order.
+
+sparsify → reorder → quantize, then training, then search → extract or merge → export.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from pydantic import Field
 
 from modicum.compress.export import formats
 from modicum.compress.quantize_report import QuantizeOptions
+from modicum.compress.reorder import ReorderOptions
+from modicum.compress.sparsify_report import SparsifyOptions
 from modicum.data.options import Section
 from modicum.errors import ConfigError, did_you_mean
 
@@ -17,7 +22,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 #: the sections that `modicum run` knows and `modicum tune` does not run
-STAGES = ("quantize", "merge", "export")
+STAGES = ("sparsify", "reorder", "quantize", "search", "extract", "merge", "export")
+#: those before training, with the options that their verbs have
+BEFORE: dict[str, Any] = {"sparsify": SparsifyOptions, "reorder": ReorderOptions, "quantize": QuantizeOptions}
+#: those after training, which change no number of the run
+AFTER = ("search", "extract", "merge", "export")
 
 
 class MergeOptions(Section):
@@ -53,37 +62,51 @@ class ElasticOptions(Section):
     )
 
 
-def quantize_options(values: Mapping[str, Any]) -> QuantizeOptions:
-    """The options of the section `quantize`, which are those of `modicum quantize`."""
+class ExtractOptions(Section):
+    """How a sub-network is written as a smaller model."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Number type of the smaller model; auto: the base model's."
+    )
+
+
+def before_options(stage: str, values: Mapping[str, Any]) -> Any:
+    """The options of a stage before training, which are those of its verb."""
     found = dict(values)
-    for name in ("calibration", "exclude"):
-        if isinstance(found.get(name), str):
-            found[name] = [found[name]]
+    for name in ("calibration", "exclude", "kinds"):
+        if name in found:
+            listed = [found[name]] if isinstance(found[name], str) else found[name]
+            found[name] = tuple(_file(value) if name == "calibration" else value for value in listed)
     if found.get("block") is not None:
         found["block"] = tuple(found["block"])
-    if "calibration" in found:
-        found["calibration"] = tuple(Path(file) for file in found["calibration"])
     if found.get("eval_text") is not None:
-        found["eval_text"] = Path(found["eval_text"])
-    if "exclude" in found:
-        found["exclude"] = tuple(found["exclude"])
-    return QuantizeOptions(**found)
+        found["eval_text"] = _file(found["eval_text"])
+    return BEFORE[stage](**found)
 
 
-def stage_faults(quantize: Mapping[str, Any] | None, export: Sequence[str]) -> dict[str, str]:
+def _file(name: str) -> Path | str:
+    """A text file, or the name of a data set on the hub as it is."""
+    return name if name.startswith("hub:") else Path(name)
+
+
+def stage_faults(before: Mapping[str, Mapping[str, Any] | None], export: Sequence[str]) -> dict[str, str]:
     """What is wrong with the stages, by the path of the option; empty if fine."""
     faults = {}
-    known = [field.name for field in dataclasses.fields(QuantizeOptions)]
-    for name in quantize or {}:
-        if name not in known:
-            faults[f"quantize.{name}"] = f"quantize has no option {name!r}{did_you_mean(name, known)}"
-    if quantize and not faults:
-        try:
-            wrong = quantize_options(quantize).faults()
-        except (TypeError, ValueError) as error:
-            wrong = [str(error)]
-        if wrong:
-            faults["quantize"] = "quantize: " + "; ".join(wrong)
+    for stage, values in before.items():
+        known = [field.name for field in dataclasses.fields(BEFORE[stage])]
+        unknown = {
+            f"{stage}.{name}": f"{stage} has no option {name!r}{did_you_mean(name, known)}"
+            for name in values or {}
+            if name not in known
+        }
+        faults |= unknown
+        if values and not unknown:
+            try:
+                wrong = before_options(stage, values).faults()
+            except (TypeError, ValueError, AttributeError) as error:
+                wrong = [str(error)]
+            if wrong:
+                faults[stage] = f"{stage}: " + "; ".join(wrong)
     for name in export:
         if name not in formats():
             hint = did_you_mean(name, formats())
@@ -97,7 +120,7 @@ def ensure_training_alone(recipe: Any, file: Path) -> None:
     Raises:
         ConfigError: it has; `modicum run` runs them.
     """
-    stages = [name for name in STAGES if getattr(recipe, name)]
+    stages = [name for name in STAGES if getattr(recipe, name) not in (None, [])]
     if stages:
         raise ConfigError(
             f"the recipe has the stages {', '.join(stages)}: run it with `modicum run --config {file}`"
