@@ -160,7 +160,11 @@ def _check(model: PeftModel, target: Path, dtype: str, *, overwrite: bool) -> st
         )
     if any(layer.merged for layer in layers.values()):
         faults.append("adapters are merged at present; call unmerge_adapter() first")
-    packed = [n for n, m in root.named_modules() if (fmt := format_of(m)) is not None and not fmt.mergeable]
+    packed = [
+        name.removesuffix(".base_layer")
+        for name, module in root.named_modules()
+        if (fmt := format_of(module)) is not None and not fmt.mergeable
+    ]
     if packed:
         faults.append(
             f"{listing(packed, 3)} are quantized, which cannot be cut or merged exactly: train and extract on the "

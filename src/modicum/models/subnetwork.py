@@ -160,6 +160,7 @@ def _uniform(kind: str, model: Any, first: Mapping[str, Width], left: Mapping[st
 def _stock(kind: str, task: str, values: Mapping[str, Any]) -> tuple[Any, Any] | None:
     """(class, configuration) of the stock model with these fields, None if its configuration refuses them."""
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     config_class = transformers.CONFIG_MAPPING[kind]
     if kind == "mistral":
@@ -170,7 +171,7 @@ def _stock(kind: str, task: str, values: Mapping[str, Any]) -> tuple[Any, Any] |
         config = _named(config_class.from_dict(dict(values)), model_class)
         _shapes(model_class, config)
     # whatever a configuration or a model raises when heads do not divide its hidden size
-    except (ValueError, TypeError, RuntimeError):
+    except (StrictDataclassError, ValueError, TypeError, RuntimeError):
         return None
     return model_class, config
 
