@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from peft import PeftModel
 from tests import models_for_tests as models
-from tests.cli.adapter_files import make_files, run, tokenizer
+from tests.cli.adapter_files import make_files, run, tokenizer, trained
 from transformers import LlamaForCausalLM
 
+from modicum.adapters.elastic import SubNetwork, Switch
+from modicum.methods.elastic_lora import ElasticLoraConfig
 from modicum.quant.huggingface import AffineConfig
 from modicum.store.files import load_adapter
 
@@ -129,3 +133,79 @@ def test_adapters_and_models_are_not_confused(files, tmp_path, capsys):
     assert "no format 'ggf' (did you mean 'gguf'" in run(capsys, *words, "--format", "ggf").err
     assert "quantize it first" in run(capsys, *words, "--format", "gptq").err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sub_network_is_chosen_by_a_file(files, tmp_path, capsys):
+    model = trained(models.llama(), ElasticLoraConfig(r=4, alpha=6.0))
+    model.save_pretrained(tmp_path / "adapter")
+    name = "model.layers.0.self_attn.q_proj"
+    chosen = SubNetwork(ranks={name: 2})
+    (tmp_path / "small.json").write_text(json.dumps(chosen.as_dict()))
+    words = ["export", "--model", files.base, "--adapter", tmp_path / "adapter", "--format", "lora"]
+    done = run(
+        capsys, *words, "--output", tmp_path / "lora", "--sub-network", tmp_path / "small.json", "--json"
+    )
+    assert done.code == 0, done.out
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert list(config["rank_pattern"].values()) == [2]
+    assert list(config["alpha_pattern"].values()) == [3]
+    Switch(model).activate(chosen)
+    lora = PeftModel.from_pretrained(models.llama(), tmp_path / "lora")
+    torch.testing.assert_close(logits(lora), logits(model), rtol=1e-5, atol=2e-5)
+    # a configuration that has one serves too
+    model.save_pretrained(tmp_path / "active")
+    again = [
+        *words,
+        "--output",
+        tmp_path / "again",
+        "--sub-network",
+        tmp_path / "active" / "adapter_config.json",
+    ]
+    assert run(capsys, *again).code == 0
+    assert (
+        json.loads((tmp_path / "again" / "adapter_config.json").read_text())["rank_pattern"]
+        == config["rank_pattern"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{", "no sub-network can be read"),
+        ("[1]", "names no ranks"),
+        ('{"choices": {"g": 1}}', "names no ranks"),
+        ('{"ranks": {"model.layers.0.self_attn.q_prj": 2}}', "carries no adapter"),
+        ('{"ranks": {"model.layers.0.self_attn.q_proj": 9}}', "rank 9"),
+        ('{"widths": {"model.layers.0.mlp": 8}}', "modicum extract"),
+    ],
+)
+def test_files_without_a_fitting_sub_network_are_refused(files, text, told, tmp_path, capsys):
+    trained(models.llama(), ElasticLoraConfig(r=4)).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "small.json").write_text(text)
+    words = [
+        "--adapter",
+        tmp_path / "adapter",
+        "--output",
+        tmp_path / "lora",
+        "--sub-network",
+        tmp_path / "small.json",
+    ]
+    done = run(capsys, "export", "--model", files.base, *words)
+    assert done.code == 1
+    assert told in done.err
+    assert not (tmp_path / "lora").exists()
+
+
+def test_a_sub_network_needs_an_adapter_that_has_some(files, tmp_path, capsys):
+    (tmp_path / "small.json").write_text('{"ranks": {"a": 2}}')
+    words = [
+        "export",
+        "--model",
+        files.base,
+        "--output",
+        tmp_path / "out",
+        "--sub-network",
+        tmp_path / "small.json",
+    ]
+    assert "--adapter" in run(capsys, *words, "--format", "gguf").err
+    assert "not elastic" in run(capsys, *words, "--adapter", files.lora, "--format", "peft").err

@@ -15,7 +15,9 @@ from tests import models_for_tests as models
 from tests.store.test_files import logits, shaken
 
 import modicum
+from modicum.adapters.elastic import Cut, SubNetwork, Switch
 from modicum.errors import ConfigError
+from modicum.methods.elastic_lora import ElasticLoraConfig
 from modicum.store.lora_export import export_lora
 
 
@@ -134,3 +136,84 @@ def test_what_cannot_or_need_not_be_exported_says_so(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="no low-rank update"):
         export_lora(model, tmp_path / "b")
     assert not (tmp_path / "b").exists()
+
+
+def elastic(method, **options):
+    """A two-layer Llama with an elastic adapter of R = 8 and 6, alpha 12, that does something."""
+    config = {"elastic_lora": ElasticLoraConfig, "lora_xs": modicum.LoraXSConfig}[method]
+    values = {"r": 8, "alpha": 12.0, "rank_pattern": {"v_proj": 6}, "init_weights": False, **options}
+    return shaken(get_peft_model(models.llama(), config(**values))).eval()
+
+
+RANKS = {
+    "model.layers.0.self_attn.q_proj": 2,
+    "model.layers.1.self_attn.v_proj": 5,
+    "model.layers.1.mlp.down_proj": 7,
+    **{f"model.layers.0.mlp.{name}_proj": 3 for name in ("gate", "up", "down")},
+}
+
+
+@pytest.mark.parametrize("method", ["elastic_lora", "lora_xs"])
+def test_the_active_sub_network_is_exported_with_ranks_and_alphas(method, tmp_path):
+    model = elastic(method)
+    whole = logits(model)
+    Switch(model).activate(SubNetwork(ranks=RANKS, choices={"a": 2}))
+    written = export_lora(model, tmp_path)
+    assert written.ranks == (2, 3, 5, 6, 7, 8)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (8, 12)
+    ranks = {key[1:].replace("\\", ""): value for key, value in config["rank_pattern"].items()}
+    alphas = {key[1:].replace("\\", ""): value for key, value in config["alpha_pattern"].items()}
+    # alpha · k / R
+    full = {"model.layers.0.self_attn.v_proj": 6}
+    assert ranks == {**RANKS, **full}
+    wanted = {name: 12 * k / (6 if "v_proj" in name else 8) for name, k in RANKS.items()}
+    assert alphas == wanted
+    lora = PeftModel.from_pretrained(models.llama(), tmp_path)
+    wanted = logits(model)
+    assert (whole - wanted).abs().max() > 0.01
+    assert (logits(lora) - wanted).norm() / wanted.norm() < 1e-6
+    # with more digits the difference is that of storing factors in float32, which elastic LoRA's are already
+    wanted = logits(model.double())
+    error = (logits(lora.double()) - wanted).norm() / wanted.norm()
+    assert error < (1e-12 if method == "elastic_lora" else 1e-6)
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    assert state["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"].shape == (2, 32)
+
+
+def test_without_the_alphas_the_export_would_be_wrong(tmp_path):
+    model = elastic("elastic_lora")
+    Switch(model).activate(SubNetwork(ranks=RANKS))
+    export_lora(model, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"alpha_pattern": {}}))
+    lora = PeftModel.from_pretrained(models.llama(), tmp_path)
+    assert (logits(lora) - logits(model)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        SubNetwork(cuts={"model.layers.0.mlp.up_proj": Cut(outputs=((0, 16),))}),
+        SubNetwork(widths={"model.layers.0.mlp": 16}),
+    ],
+    ids=["cuts", "widths alone"],
+)
+def test_narrower_layers_are_refused(chosen, tmp_path):
+    model = elastic("elastic_lora")
+    Switch(model).activate(chosen)
+    with pytest.raises(ConfigError, match="modicum extract"):
+        export_lora(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    Switch(model).activate(None)
+    assert export_lora(model, tmp_path / "out").ranks == (6, 8)
+
+
+def test_a_saved_adapter_exports_what_was_active(tmp_path):
+    model = elastic("elastic_lora")
+    Switch(model).activate(SubNetwork(ranks=RANKS))
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(models.llama(), tmp_path / "adapter").eval()
+    export_lora(loaded, tmp_path / "lora")
+    lora = PeftModel.from_pretrained(models.llama(), tmp_path / "lora")
+    torch.testing.assert_close(logits(lora), logits(model), rtol=1e-5, atol=1e-5)

@@ -25,6 +25,12 @@ def run(
             "compressed-tensors or gptq.",
         ),
     ] = "lora",
+    sub_network: Annotated[
+        Path | None,
+        typer.Option(
+            help="A JSON file with the sub-network of an elastic adapter to write; unset: the active one."
+        ),
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="Type of the numbers in a compact record: bfloat16, float16 or float32.")
     ] = "bfloat16",
@@ -50,14 +56,17 @@ def run(
             f"the format {fmt} takes a whole model: first `modicum merge --model {model} --adapter {adapter} "
             "--output MERGED`, then export MERGED without --adapter"
         )
+    if adapter is None and sub_network is not None:
+        raise ConfigError("--sub-network belongs to an adapter: name it with --adapter")
     if adapter is None or fmt not in FORMATS:
         _export_model(model, output, fmt, allow_inexact, overwrite, dry_run, as_json)
         return
-    from modicum.store.convert import export_adapter, load_for
+    from modicum.store.convert import activate, export_adapter, load_for
 
-    result = export_adapter(
-        load_for(model, adapter)[0], output, fmt, dtype=dtype, overwrite=overwrite, dry_run=dry_run
-    )
+    loaded = load_for(model, adapter)[0]
+    if sub_network is not None:
+        activate(loaded, sub_network)
+    result = export_adapter(loaded, output, fmt, dtype=dtype, overwrite=overwrite, dry_run=dry_run)
     emit(result, as_json, _show)
 
 

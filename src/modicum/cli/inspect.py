@@ -9,9 +9,9 @@ import typer
 from modicum.cli._common import JsonFlag, emit, table
 
 if TYPE_CHECKING:
+    from modicum.store.active import ActiveSubNetwork
     from modicum.store.inspection import Inspection
     from modicum.store.model_inspection import ModelInspection
-    from modicum.store.sub_networks import ActiveSubNetwork
 
 
 def run(

@@ -5,12 +5,14 @@ The base model is loaded for the adapter: as the task it was trained for, with a
 
 from __future__ import annotations
 
+import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modicum.adapters.basis import BasisCache
+from modicum.adapters.elastic import SubNetwork, Switch
 from modicum.errors import ConfigError, did_you_mean
 from modicum.models.loading import load_base
 from modicum.store.files import CONFIG_FILE, WEIGHT_FILES, install, read_adapter, save_adapter
@@ -75,6 +77,26 @@ def load_for(
     # quantized models refuse to be cast; ours computes in the dtype of its inputs
     upcast = upcast and not getattr(base, "is_quantized", False)
     return install(base.float() if upcast else base, config, state), stored
+
+
+def activate(model: PeftModel, file: str | os.PathLike) -> None:
+    """Makes the sub-network in a JSON `file` the one that runs and is exported, in place.
+
+    The file holds what `SubNetwork.as_dict` gives, or has it as `sub_network`, as adapter_config.json does.
+
+    Raises:
+        ConfigError: no such file, something else in it, or it does not fit the adapter.
+    """
+    path = Path(file)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no sub-network can be read from {path}: {error}") from error
+    values = values.get("sub_network", values) if isinstance(values, dict) else values
+    # choices are names for ranks: alone they would change nothing, in silence
+    if not isinstance(values, dict) or not values.keys() & {"ranks", "cuts", "widths"}:
+        raise ConfigError(f'{path} names no ranks; write {{"ranks": {{"LAYER": RANK, …}}}}')
+    Switch(model).activate(SubNetwork.read(values))
 
 
 def export_adapter(

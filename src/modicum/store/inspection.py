@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modicum.errors import ConfigError, CorruptAdapterError, listing
+from modicum.store.active import ActiveSubNetwork, of_adapter, unfit
 from modicum.store.model_inspection import OK, ModelInspection, inspect_model
 from modicum.store.numbers import finite
 from modicum.store.record import MAGIC, decode, peek
-from modicum.store.sub_networks import ActiveSubNetwork, of_adapter, unfit
 from modicum.store.tensor_files import DamagedFileError, StoredTensor, read_header
 
 if TYPE_CHECKING:

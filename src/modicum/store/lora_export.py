@@ -14,7 +14,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 
 from modicum.adapters.config import AdapterConfig
-from modicum.errors import ConfigError
+from modicum.adapters.elastic import ElasticConfig
+from modicum.errors import ConfigError, listing
 from modicum.quant.dense import DenseConv1D
 from modicum.store.files import CONFIG_FILE, WEIGHT_FILES
 from modicum.store.state import PREFIX, AdapterState, adapted_layers, config_of, method_name
@@ -48,10 +49,13 @@ def export_lora(
     """What was written: a PEFT LoRA folder whose update is exactly that of the adapter, up to float32 rounding.
 
     Stock PEFT, vLLM and other LoRA servers read it without modicum. Each layer becomes factors B (out, k) and
-    A (k, in) with alpha / r = scaling; layers that differ get entries in `rank_pattern` and `alpha_pattern`.
+    A (k, in) with alpha / r = scaling; layers that differ get entries in `rank_pattern` and `alpha_pattern`. Of an
+    elastic adapter it is the active sub-network: a layer that runs at rank k of R gets r = k and alpha · k / R, because
+    its scaling stays alpha / R.
 
     Raises:
-        ConfigError: the method's update is not low-rank, or the folder holds an adapter already.
+        ConfigError: the method's update is not low-rank, the active sub-network has narrower layers, or the folder
+            holds an adapter already.
     """
     config = config_of(model, adapter_name)
     target = Path(folder)
@@ -61,6 +65,17 @@ def export_lora(
         )
     if (target / CONFIG_FILE).exists() and not overwrite:
         raise ConfigError(f"{target} holds an adapter already; choose another folder or pass overwrite=True")
+    narrower = [
+        name for name, layer in adapted_layers(model, adapter_name) if layer.adapters[adapter_name].cut
+    ]
+    if isinstance(config, ElasticConfig) and config.sub_network is not None:
+        # widths without cuts run at full width, which is not what was meant
+        narrower = narrower or list(config.sub_network.get("widths", {}))
+    if narrower:
+        raise ConfigError(
+            f"the active sub-network has narrower layers ({listing(narrower, 3)}), which a LoRA cannot make of the "
+            "base model: write the smaller model with `modicum extract`, or activate a sub-network of full width"
+        )
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     scalings: dict[str, float] = {}
     with torch.no_grad():

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from modicum.errors import ConfigError, listing
+from modicum.store.active import ActiveSubNetwork, of_model
 from modicum.store.numbers import finite
-from modicum.store.sub_networks import ActiveSubNetwork, of_model
 from modicum.store.tensor_files import DamagedFileError, StoredTensor, read_header
 
 if TYPE_CHECKING:
