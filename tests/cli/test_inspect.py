@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tests.cli.adapter_files import make_files, run, trained
 
 import modicum
 from modicum.adapters.basis import Basis, BasisSpec, layer_factors
+from modicum.adapters.elastic import SubNetwork, Switch
 from modicum.store.files import save_adapter
 
 
@@ -135,3 +137,38 @@ def test_a_folder_of_a_run_is_looked_into(files, tmp_path, capsys):
     model = get_peft_model(models.llama(), modicum.LoraXSConfig(r=2))
     model.save_pretrained(tmp_path / "adapter")
     assert run(capsys, "inspect", tmp_path, "--json").json["ranks"] == [2]
+
+
+def test_a_model_folder(files, capsys):
+    found = run(capsys, "inspect", files.base, "--json").json
+    assert (found["kind"], found["state"], found["model_class"]) == ("model folder", "ok", "LlamaForCausalLM")
+    assert found["parameters"] == sum(p.numel() for p in models.llama().parameters())
+    assert len(found["fingerprint"]) == 32
+    short = run(capsys, "inspect", files.base).out
+    for words in ("zeros in linear layers", f"{found['parameters']:,}", found["fingerprint"]):
+        assert words in short
+    assert "down_proj" not in short
+    assert "model.layers.1.mlp.down_proj.weight" in run(capsys, "inspect", files.base, "--layers").out
+
+
+def test_a_damaged_model_folder(files, tmp_path, capsys):
+    shutil.copytree(files.base, tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    shown = run(capsys, "inspect", tmp_path / "model", "--json")
+    assert shown.code == 1
+    assert "damaged" in shown.json["state"]
+
+
+def test_the_embedded_model(capsys):
+    assert run(capsys, "inspect", "embedded", "--json").json["state"] == "ok"
+
+
+def test_an_elastic_adapter(tmp_path, capsys):
+    model = get_peft_model(models.llama(), modicum.LoraXSConfig(r=4))
+    Switch(model).activate(SubNetwork(ranks={"model.layers.0.self_attn.q_proj": 2}, choices={"early": 2}))
+    model.save_pretrained(tmp_path)
+    shown = run(capsys, "inspect", tmp_path, "--layers").out
+    for words in ("2 (1 layers), 4 (13 layers)", "early: 2", "212", "2 of 4", "4 of 16"):
+        assert words in shown, words
+    assert "2 of 4" not in run(capsys, "inspect", tmp_path).out
