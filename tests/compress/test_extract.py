@@ -119,10 +119,13 @@ def test_what_is_extracted_computes_what_the_super_network_computes(
     assert done.logit_error < 1e-5
     assert done.parameters == small.num_parameters()
     assert {w.name: w.units for w in widths(small)} == chosen.widths
-    assert done.linear_before - done.linear == done_without(kind, chosen)
+    assert done.widths == {
+        w.name: chosen.widths[w.name] for w in widths(big) if w.units > chosen.widths[w.name]
+    }
+    assert done.linear_before - done.linear == numbers_gone(kind, chosen)
 
 
-def done_without(kind: str, chosen: SubNetwork) -> int:
+def numbers_gone(kind: str, chosen: SubNetwork) -> int:
     """Weights that a sub-network lacks, in closed form: hidden 32 rows or columns for each unit of each port."""
     gone = 0
     for width in widths(base(kind)):

@@ -28,7 +28,7 @@ from modicum.adapters.merge_report import TOLERANCES
 from modicum.data import bundled
 from modicum.errors import ConfigError, InexactMergeError, did_you_mean, listing
 from modicum.models.families import unwrapped, widths
-from modicum.models.loading import quiet_transformers
+from modicum.models.loading import EMBEDDED, quiet_transformers, resolve
 from modicum.models.subnetwork import is_ours, is_transposed, kept, narrowed, smaller_class
 from modicum.ops.digest import weight_digest
 from modicum.quant.base import format_of
@@ -196,21 +196,22 @@ def _active(model: PeftModel, name: str, chosen: SubNetwork | None) -> Iterator[
 
 
 def _completed(model: PeftModel, chosen: SubNetwork) -> SubNetwork:
-    """The sub-network with the cuts that its widths imply.
+    """The sub-network with the cuts that its widths imply, without those of full width.
 
     Raises:
         ConfigError: a width is not there, or the cuts are others.
     """
     cuts: dict[str, Cut] = {}
+    units: dict[str, int] = {}
     if chosen.widths:
         kept(model, chosen.widths)
         for width in widths(model):
-            for layer, cut in width.cuts(chosen.widths.get(width.name, width.units)).items():
-                before = cuts.get(layer, Cut())
-                cuts[layer] = Cut(cut.outputs or before.outputs, cut.inputs or before.inputs)
+            left = chosen.widths.get(width.name, width.units)
+            cuts |= width.cuts(left)
+            units |= {width.name: left} if left < width.units else {}
     if chosen.cuts and dict(chosen.cuts) != cuts:
         raise ConfigError("the cuts of this sub-network are not those of its widths; leave the cuts out")
-    return replace(chosen, cuts=cuts)
+    return replace(chosen, cuts=cuts, widths=units)
 
 
 def _adapters(model: PeftModel, name: str) -> dict[str, Any]:
@@ -268,11 +269,16 @@ def _about(model: PeftModel, name: str, chosen: SubNetwork, ranks: Mapping[str, 
     digests = [f"{key} {weight_digest(tensor)}" for key, tensor in sorted(state.tensors.items())]
     return {
         "sub_network": replace(chosen, ranks=ranks, cuts={}).as_dict(),
-        "base_model": unwrapped(model).config.name_or_path or None,
+        "base_model": _named(unwrapped(model).config.name_or_path),
         "base_fingerprint": config.base_fingerprint,
         # of the trained numbers rounded to bfloat16, so that every file format of one adapter has the same
         "adapter_digest": hashlib.blake2b("\n".join(digests).encode(), digest_size=16).hexdigest(),
     }
+
+
+def _named(path: str) -> str | None:
+    # where the package is installed says nothing to others
+    return EMBEDDED if path == resolve(EMBEDDED) else path or None
 
 
 def _write(folder: Path, empty: Any, state: Mapping[str, Tensor], root: Any) -> None:
