@@ -197,13 +197,8 @@ class AffineLinear(nn.Linear):
             self.codes, (self.scales, self.offsets), self.packed = codes, grid, False
 
     def _fits_kernel(self) -> bool:
-        return self.codes.device.type == "cpu" and int4pack.fits(
-            self.out_features,
-            self.in_features,
-            self.spec.bits,
-            self.spec.block,
-            DTYPES[self.spec.scale_dtype],
-        )
+        spec, shape = self.spec, (self.out_features, self.in_features)
+        return int4pack.fits(*shape, spec.bits, spec.block, DTYPES[spec.scale_dtype], self.codes.device)
 
     def _wants_kernel(self, x: Tensor) -> bool:
         few = x.numel() <= int4pack.FEW_ROWS * self.in_features
@@ -219,6 +214,11 @@ class AffineLinear(nn.Linear):
             if value is not None and after.dtype != value.dtype:
                 setattr(self, name, value.to(after.device))
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # what is pickled may be loaded on another device, whose kernel has another layout
+        self.unpack_layout()
+        return super().__getstate__()  # pyright: ignore[reportReturnType]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         # on disk there is one layout only

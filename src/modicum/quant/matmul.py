@@ -1,10 +1,10 @@
 """One door for products with a quantized weight: x ŵᵀ and its gradient to x, whatever the layout and the device.
 
-Few rows go to a low-bit kernel where there is one. Otherwise the weight is dequantized, on a processor a panel of
-rows at a time, into a buffer that is used again for every panel of every layer: the product reads it from a cache,
-memory stays codes and scales, and no layer's worth of pages is mapped and freed on each call (which alone halves
-the speed of training). `native` dequantizes on processors, compiled torch code elsewhere, and where there is no
-compiler torch as it is.
+Few rows of bfloat16 go to PyTorch's int4 kernel where there is one (`int4pack`). Otherwise the weight is dequantized,
+on a processor a panel of rows at a time, into a buffer that is used again for every panel of every layer: the product
+reads it from a cache, memory stays codes and scales, and no layer's worth of pages is mapped and freed on each call
+(which alone halves the speed of training). `native` dequantizes on processors, compiled torch code elsewhere, and
+where there is no compiler torch as it is.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _forward(
     packed: bool,
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    if packed and 0 < len(rows) <= int4pack.FEW_ROWS and x.dtype == torch.bfloat16:
+    if packed and int4pack.takes(len(rows), x.dtype):
         y = int4pack.few_rows(rows, codes, scales, offsets)
         y = y if bias is None else y.add_(bias)
         return y.view(*x.shape[:-1], codes.shape[0])
@@ -162,10 +162,7 @@ def _panels(
         stop = min(start + step, out)
         weight = _buffer((stop - start) * columns, dtype, codes.device).view(stop - start, columns)
         if packed:
-            if native.takes(scales, offsets, weight):
-                native.dequantize_int4(codes, scales, offsets, start, weight)
-            else:
-                int4pack.dequantize(codes, scales, offsets, start, weight)
+            _dequantize_packed(codes, scales, offsets, start, weight)
         else:
             part = slice(start // q, stop // q)
             _dequantize(
@@ -180,6 +177,17 @@ def _panel_rows(out: int, columns: int, q: int, size: int) -> int:
     units = -(-out // unit)
     panels = -(-units // max(1, size // columns // unit))
     return min(out, unit * -(-units // panels))
+
+
+def _dequantize_packed(codes: Tensor, pair: Tensor, rest: Tensor | None, start: int, out: Tensor) -> None:
+    """Writes the weight (rows, in) of the rows from `start` of codes in a kernel's layout into `out`."""
+    if native.takes(pair, rest, out):
+        native.dequantize_int4(codes, pair, rest, start, out)
+        return
+    function: Callable[..., None] = int4pack.dequantize
+    if out.numel() >= _WORTH_COMPILING and can_compile(codes.device.type):
+        function = _compiled(function, (codes.shape, pair.shape, rest is None, start, out.shape, out.dtype))
+    function(codes, pair, rest, start, out)
 
 
 def _dequantize(
