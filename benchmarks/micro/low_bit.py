@@ -5,7 +5,7 @@ one row at a time after a prompt of 128 tokens; "merged" carries the offsets of 
 digits than the packed kernel takes. A training step is forward and backward of all linear layers of four such
 layers, 4 x 128 tokens, with an adapter on each. Steps of all variants are taken in turn.
 
-    python benchmarks/micro/low_bit.py [--threads 4] [--repeats 5] [--small]
+    python benchmarks/micro/low_bit.py [--threads 4] [--repeats 5] [--small] [--only adapters]
 """
 
 from __future__ import annotations
@@ -236,20 +236,21 @@ def training_models(layers: int, small: bool, wide: bool) -> dict[str, nn.Module
     return models
 
 
-def training_steps(models: dict[str, nn.Module], tokens: int, repeats: int) -> dict[str, Any]:
+def training_step(model: nn.Module, tokens: int) -> Callable[[], None]:
     """Forward and backward through the stack of layers: head and loss are the same for all."""
     ids = torch.randint(0, 32000, (-(-tokens // PROMPT), min(tokens, PROMPT)))
 
-    def step(name: str) -> Callable[[], None]:
-        def call() -> None:
-            model = models[name]
-            hidden = model.base_model.model.model(ids).last_hidden_state
-            hidden.float().square().mean().backward()
-            model.zero_grad(set_to_none=True)
+    def call() -> None:
+        hidden = model.base_model.model.model(ids).last_hidden_state
+        hidden.float().square().mean().backward()
+        model.zero_grad(set_to_none=True)
 
-        return call
+    return call
 
-    times = taken_in_turn({name: step(name) for name in models}, repeats)
+
+def training_steps(models: dict[str, nn.Module], tokens: int, repeats: int) -> dict[str, Any]:
+    """Seconds of steps, all models in turn."""
+    times = taken_in_turn({name: training_step(model, tokens) for name, model in models.items()}, repeats)
     floor = median(times["NF4 + LoRA"])
     return {
         name: {
@@ -261,6 +262,28 @@ def training_steps(models: dict[str, nn.Module], tokens: int, repeats: int) -> d
         }
         for name, found in times.items()
     }
+
+
+def adapters(repeats: int, small: bool) -> dict[str, Any]:
+    """A step with Q-BaRA and with LoRA, as many trained values each, and with LoRA again: how far noise goes."""
+    lora = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear")
+    bara = registry.config_class("q_bara")(r=16, alpha=16, target_modules="all-linear")
+    models = {}
+    for name, adapter in (("LoRA", lora), ("Q-BaRA", bara), ("LoRA again", lora)):
+        base = low_bit(dense_model(2, small))
+        adapted = get_peft_model(base, adapter, autocast_adapter_dtype=False).to(torch.bfloat16)
+        models[name] = adapted.train()
+    result = {}
+    for tokens in (64, 512):
+        times = taken_in_turn({name: training_step(models[name], tokens) for name in models}, 8 * repeats)
+        result[f"{tokens} tokens"] = {
+            name: {
+                "seconds": median(found),
+                "against_lora": median([one / lora for one, lora in zip(found, times["LoRA"], strict=True)]),
+            }
+            for name, found in times.items()
+        }
+    return result
 
 
 @torch.no_grad()
@@ -341,12 +364,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="small shapes, nothing written")
-    parser.add_argument("--only", choices=("switch", "generation", "openvino", "training"))
+    parser.add_argument("--only", choices=("switch", "generation", "openvino", "training", "adapters"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     # the engine last: its threads stay
     parts = {"switch": switch, "generation": generation, "training": training, "openvino": openvino}
     found: dict[str, Any] = {}
+    if arguments.only == "adapters":
+        parts = {"adapters": adapters}
     for name, measure in parts.items():
         if arguments.only in (None, name):
             found[name] = measure(arguments.repeats, arguments.small)
