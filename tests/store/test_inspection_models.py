@@ -150,7 +150,11 @@ def test_the_fingerprint_is_of_the_weights(tmp_path):
     weight[3, 5] = torch.nextafter(weight[3, 5], torch.tensor(9.0))
     save_file(state, tmp_path / "a" / "model.safetensors", {"format": "other"})
     assert inspect(tmp_path / "a").fingerprint != first.fingerprint
-    # two tensors exchanged are another model
+    # another name is another model, and so are two tensors exchanged
+    state = models.llama().state_dict()
+    renamed = {name.replace("lm_head", "lm_heap"): value for name, value in state.items()}
+    save_file(renamed, tmp_path / "a" / "model.safetensors", {"format": "pt"})
+    assert inspect(tmp_path / "a").fingerprint != first.fingerprint
     up, gate = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("up", "gate"))
     state = models.llama().state_dict()
     state[up], state[gate] = state[gate].clone(), state[up].clone()
