@@ -98,7 +98,7 @@ def test_data_sets_are_read_by_name(tmp_path):
     tokenizer, name = small.tokenizer(), f"hub:{tmp_path}"
     small.write_jsonl(tmp_path / "train.jsonl", [{"text": ALPHABET, "other": "no"} for _ in range(4)])
     (tmp_path / "pairs").mkdir()
-    small.write_jsonl(tmp_path / "pairs" / "test.jsonl", [{"question": "abc", "answer": "xyz", "n": 3}] * 9)
+    small.write_jsonl(tmp_path / "pairs" / "test.jsonl", [{"question": "abc", "answer": "xyz", "n": 3}] * 900)
     (tmp_path / "same.txt").write_text("\n".join([ALPHABET] * 4))
     found = text_sequences([name], tokenizer, 1, 100)
     assert torch.equal(found.ids, text_sequences([tmp_path / "same.txt"], tokenizer, 1, 100).ids)
@@ -106,6 +106,7 @@ def test_data_sets_are_read_by_name(tmp_path):
     # evaluation has the test split; columns of text are joined where none is called text
     judged = evaluation_sequences(f"{name}/pairs", tokenizer, 1, 9)
     assert tokenizer.decode(judged.ids[0]) == "<s>abc\nxyz\n"
+    assert len(evaluation_sequences(f"{name}/pairs", tokenizer, 60, 100).ids) == 60
     # a large data set is read no further than it takes
     small.write_jsonl(tmp_path / "train.jsonl", [{"text": ALPHABET} for _ in range(900)])
     assert text_sequences([name], tokenizer, 2, 10).available < 400

@@ -407,6 +407,15 @@ def test_models_without_a_stack_go_by_magnitude(options, plain, tmp_path):
     assert type(albert).from_pretrained(tmp_path / "s")
 
 
+def test_models_with_an_encoder_and_a_decoder_go_by_magnitude(options, plain, tmp_path):
+    config = transformers.T5Config(vocab_size=101, d_model=32, d_ff=48, num_layers=2, num_heads=4, d_kv=8)
+    folder = saved(transformers.T5ForConditionalGeneration(config), tmp_path / "model")
+    with pytest.raises(ConfigError, match="which T5Model has no stack of"):
+        sparsify_model(str(folder), tmp_path / "s", dataclasses.replace(options, eval_text=None))
+    report = sparsify_model(str(folder), tmp_path / "s", plain)
+    assert {layer.name.partition(".")[0] for layer in report.layers} == {"encoder", "decoder"}
+
+
 def test_joined_experts_are_refused_before_anything_is_written(options, plain, tmp_path):
     config = transformers.MixtralConfig(
         vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
