@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from modicum.adapters.registry import get as get_method
     from modicum.adapters.registry import names as method_names
     from modicum.compress.export import export_model
+    from modicum.compress.extract import extract as extract_sub_network
     from modicum.compress.merge import merge_to_folder
     from modicum.compress.quantize import quantize_model
+    from modicum.compress.reorder import reorder_model
     from modicum.compress.sparsify import sparsify_model
     from modicum.methods.elastic_lora import ElasticLoraConfig
     from modicum.methods.lora_xs import LoraXSConfig
@@ -47,12 +49,14 @@ _PUBLIC = {
     "SparsePeftConfig": ("modicum.methods.sparse_peft", "SparsePeftConfig"),
     "export_lora": ("modicum.store.lora_export", "export_lora"),
     "export_model": ("modicum.compress.export", "export_model"),
+    "extract_sub_network": ("modicum.compress.extract", "extract"),
     "get_method": ("modicum.adapters.registry", "get"),
     "import_published": ("modicum.store.published", "import_published"),
     "load_adapter": ("modicum.store.files", "load_adapter"),
     "merge_to_folder": ("modicum.compress.merge", "merge_to_folder"),
     "method_names": ("modicum.adapters.registry", "names"),
     "quantize_model": ("modicum.compress.quantize", "quantize_model"),
+    "reorder_model": ("modicum.compress.reorder", "reorder_model"),
     "save_adapter": ("modicum.store.files", "save_adapter"),
     "sparsify_model": ("modicum.compress.sparsify", "sparsify_model"),
 }
@@ -71,12 +75,14 @@ __all__ = [
     "__version__",
     "export_lora",
     "export_model",
+    "extract_sub_network",
     "get_method",
     "import_published",
     "load_adapter",
     "merge_to_folder",
     "method_names",
     "quantize_model",
+    "reorder_model",
     "save_adapter",
     "sparsify_model",
 ]
