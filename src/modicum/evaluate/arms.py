@@ -201,8 +201,8 @@ def _made_from(arm: Arm) -> str | None:
         return arm.model
     path = Path(arm.model).expanduser()
     config = path if path.is_file() else path / "config.json"
-    report = config.parent / "quantization_report.json"
-    for file, keys in ((config, ("modicum", "base_model")), (report, ("model",))):
+    reports = (config.parent / f"{what}_report.json" for what in ("quantization", "sparsity"))
+    for file, keys in ((config, ("modicum", "base_model")), *((report, ("model",)) for report in reports)):
         value: Any = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
