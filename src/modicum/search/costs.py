@@ -85,6 +85,16 @@ class Costs:
         cache = 2 * config.num_hidden_layers * groups * head * dtype.itemsize
         return cls(layers, widths(base), total, merged=merged, bytes_each=dtype.itemsize, cache=cache)
 
+    @classmethod
+    def of_shapes(cls, model: Any, ranks: Mapping[str, int], *, merged: bool = True) -> Costs:
+        """The costs of a base model (on the meta device, say) whose layers get adapters of the given `ranks`."""
+        layers = {
+            name: Linear(*shape, getattr(module, "bias", None) is not None, ranks.get(name, 0))
+            for name, module in model.named_modules()
+            if (shape := linear_shape(module))
+        }
+        return cls(layers, widths(model), sum(p.numel() for p in model.parameters()), merged=merged)
+
     def parameters(self, sub_network: SubNetwork | None = None) -> int:
         """All numbers of the model that are left, embeddings and norms included, adapters unless merged."""
         removed = sum(self._removed(sub_network).values())

@@ -13,8 +13,9 @@ from modicum.evaluate.run import evaluate
 from modicum.models.families import unwrapped
 from modicum.models.loading import quiet_transformers
 from modicum.models.subnetwork import smaller_class
+from modicum.search.budgets import Budgets, merges
 from modicum.search.costs import Costs
-from modicum.search.options import COSTS, TIMES
+from modicum.search.options import TIMES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,22 +51,21 @@ class Evaluator:
         self._switch = Switch(model)
         #: objective -> whether larger is better, the metric first
         self.maximized = {name: options.maximized(name) for name in options.names(metric)}
-        # sub-networks of narrower widths are extracted, which merges; those of lower ranks alone keep their adapters
-        merged = any(group.widths for group in space.groups.values())
-        self.costs = Costs.of_model(model, merged=merged)
-        #: the costs of the super-network
-        self.whole = self._costs_of(space.largest())
+        self.budgets = Budgets(options, space, Costs.of_model(model, merged=merges(space)))
         self._times: dict[tuple[tuple[str, int], ...], dict[str, float]] = {}
-        self._check_budgets()
+        smallest = self.budgets.costs(space.smallest())
+        if any(name in TIMES for name in options.budgets):
+            smallest |= self._time(space.smallest())
+        self.budgets.check(smallest)
 
     def violations(self, choices: Mapping[str, int]) -> dict[str, float]:
         """By what share budgets known from shapes alone are exceeded; only those that are."""
-        return self._over(self._costs_of(choices))
+        return self.budgets.exceeded(self.budgets.costs(choices))
 
     def __call__(self, choices: Choices) -> tuple[dict[str, float], dict[str, float]]:
         """Objectives and budgeted costs of a sub-network, and the budgets it exceeds, by what share."""
         sub_network = self._space.sub_network(choices)
-        costs = self._costs_of(choices)
+        costs = self.budgets.costs(choices)
         if any(name in TIMES for name in (*self.maximized, *self._options.budgets)):
             costs |= self._time(choices)
         metric = next(iter(self.maximized))
@@ -82,32 +82,7 @@ class Evaluator:
             raise ConfigError(f"the rows give no {metric}; they give {', '.join(found.metrics)}")
         values = {metric: found.metrics[metric].value} | costs
         kept = [*self.maximized, *(name for name in self._options.budgets if name not in self.maximized)]
-        return {name: values[name] for name in kept}, self._over(costs)
-
-    def _costs_of(self, choices: Mapping[str, int]) -> dict[str, float]:
-        sub_network, tokens = self._space.sub_network(choices), self._options.prompt * self._options.batch
-        return {name: self.costs.of(name, sub_network, tokens) for name in COSTS}
-
-    def _limit(self, name: str) -> float:
-        """A budget in the units of its cost."""
-        budget = self._options.budgets[name]
-        return budget * self.whole[name] if name in COSTS and budget <= 1 else budget
-
-    def _over(self, costs: Mapping[str, float]) -> dict[str, float]:
-        limits = {name: self._limit(name) for name in self._options.budgets if name in costs}
-        return {name: costs[name] / limit - 1 for name, limit in limits.items() if costs[name] > limit}
-
-    def _check_budgets(self) -> None:
-        smallest = self._costs_of(self._space.smallest())
-        if any(name in TIMES for name in self._options.budgets):
-            smallest |= self._time(self._space.smallest())
-        faults = [
-            f"budgets.{name} = {self._options.budgets[name]:g}, the smallest sub-network takes {smallest[name]:,.4g} "
-            + (f"({smallest[name] / self.whole[name]:.3f} of the super-network)" if name in COSTS else "")
-            for name in self._over(smallest)
-        ]
-        if faults:
-            raise ConfigError("no sub-network keeps the budgets: " + "; ".join(faults))
+        return {name: values[name] for name in kept}, self.budgets.exceeded(costs)
 
     def _time(self, choices: Mapping[str, int]) -> dict[str, float]:
         """Prefill and decode of the extracted sub-network as shares of the merged super-network's, paired."""

@@ -27,6 +27,7 @@ from modicum.store.atomic import write_text
 from modicum.train import artifacts
 from modicum.train.methods import FULL
 from modicum.train.run import tune
+from modicum.train.search import check_search, search_run
 from modicum.train.stages import STAGES, before_options
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def run_recipe(
     """
     if recipe.merge is not None and recipe.method.name == FULL:
         raise ConfigError("full fine-tuning leaves no adapter to merge: drop the section merge")
+    check_search(recipe)
     _claim(recipe, resume=resume, overwrite=overwrite)
     job = _Pipeline(recipe, say)
     with quiet_transformers():
@@ -116,7 +118,9 @@ class _Pipeline:
         """Train on `base`."""
         self.say("tune")
         recipe = self.recipe.with_values(
-            model__name_or_path=base, output=str(self.folder / TUNE), **{**dict.fromkeys(STAGES), "export": []}
+            model__name_or_path=base,
+            output=str(self.folder / TUNE),
+            **{**dict.fromkeys(STAGES), "export": []},
         )
         result = tune(recipe, resume=resume or (self.folder / TUNE).exists(), show=show)
         if result.reused:
@@ -131,7 +135,6 @@ class _Pipeline:
             return
         from modicum.adapters.elastic import SubNetwork
         from modicum.store.sub_network import with_sub_network
-        from modicum.train.search import search_run
 
         chosen = self.folder / CHOSEN
         if not self._is_there(chosen, "search", "adapter_config.json"):

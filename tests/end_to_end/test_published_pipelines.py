@@ -1,0 +1,160 @@
+"""The published pipelines as the recipes that ship, each run from end to end on a small model of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tests.small_checkpoints import llama, write_jsonl
+
+from modicum.adapters.elastic import Switch
+from modicum.models.loading import load_adapted, load_base
+from modicum.quant.affine import AffineLinear
+from modicum.train.pipeline import run_recipe
+from modicum.train.recipe import load_recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SMALL = [
+    "data.max_length=64",
+    "method.r=4",
+    "method.alpha=8",
+    "train.max_steps=6",
+    "train.batch_size=4",
+    "train.learning_rate=0.02",
+    "train.report_to=none",
+    "search.trials=4",
+    "search.max_rows=8",
+]
+CALIBRATION = {"sequences": 4, "sequence_length": 32, "eval_sequences": 4}
+#: recipe -> what its low-bit and sparse stages need on so small a model
+STAGES = {
+    "lonas": {},
+    "shears": {"sparsify": {}},
+    "sqft": {"sparsify": {}, "quantize": {"group_size": 16}},
+    "sqft_sparse_peft": {"sparsify": {}},
+    "sqft_qa_sparse_peft": {"sparsify": {}, "quantize": {"group_size": 16}},
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Recipe name -> its finished result, run when first asked for."""
+    root = tmp_path_factory.mktemp("pipelines")
+    text = root / "calibration.txt"
+    text.write_text("".join(f"{a}+{b}={a + b}\n" for a in range(20) for b in range(20)))
+    rows = [{"prompt": f"{a}+{b}=", "completion": f"{a + b}"} for a in range(7) for b in range(7)]
+    data = {
+        split: write_jsonl(root / f"{split}.jsonl", part)
+        for split, part in {"train": rows[:24], "validation": rows[24:32], "test": rows[32:40]}.items()
+    }
+    done = {}
+
+    def run(name):
+        if name not in done:
+            changes = [f"model.name_or_path={llama()}", f"output={root / name}", *SMALL]
+            changes += [f"data.{split}={file}" for split, file in data.items()]
+            for stage, options in STAGES[name].items():
+                for key, value in {**CALIBRATION, **options}.items():
+                    changes.append(f"{stage}.{key}={value}")
+                changes += [f"{stage}.calibration={text}", f"{stage}.eval_text={text}"]
+            if name == "lonas":
+                changes += [
+                    f"reorder.calibration={text}",
+                    "reorder.sequences=4",
+                    "reorder.sequence_length=32",
+                ]
+                changes.append("search.budgets.parameters=0.95")
+            done[name] = run_recipe(load_recipe(RECIPES / f"{name}.yaml", changes))
+        return done[name]
+
+    return run
+
+
+def zeros(model):
+    """Where the linear layers of the transformer layers are zero, by layer."""
+    return {
+        name: module.weight == 0
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".layers." in name
+    }
+
+
+@pytest.mark.parametrize("name", sorted(STAGES))
+def test_runs_from_end_to_end(name, results):
+    result = results(name)
+    assert json.loads((result.folder / "pipeline.json").read_text())["measure"]
+    assert {"base", "adapted"} <= set(result.report["measure"])
+    assert result.report["measure"]["base"]["loss"] != result.report["measure"]["adapted"]["loss"]
+
+
+@pytest.mark.parametrize("name", sorted(STAGES))
+def test_what_was_measured_is_the_sub_network_that_was_found(name, results):
+    result = results(name)
+    found = json.loads((result.folder / "search/search.json").read_text())
+    config = json.loads((result.folder / "chosen/adapter_config.json").read_text())
+    assert config["sub_network"]["choices"] == found["best"]["choices"]
+    assert len(found["points"]) <= 4
+
+
+@pytest.mark.parametrize("name", ["lonas", "sqft_sparse_peft", "sqft_qa_sparse_peft"])
+def test_the_model_that_ships_measures_like_the_one_that_was_trained(name, results):
+    measured = results(name).report["measure"]
+    shipped = measured["extracted" if name == "lonas" else "merged"]
+    for metric in ("loss", "token_accuracy"):
+        assert shipped[metric]["value"] == pytest.approx(measured["adapted"][metric]["value"], rel=1e-4), (
+            metric
+        )
+
+
+@pytest.mark.parametrize("name", ["shears", "sqft", "sqft_sparse_peft", "sqft_qa_sparse_peft"])
+def test_zeros_stay_zero_in_every_stage(name, results):
+    folder = results(name).folder
+    pruned = zeros(load_base(str(folder / "sparse")))
+    assert all(0.45 < mask.float().mean() < 0.55 for mask in pruned.values())
+    later = [stage for stage in ("base", "merged") if (folder / stage).is_dir()]
+    for stage in later:
+        now = zeros(load_base(str(folder / stage)))
+        assert all(bool((now[layer] | ~mask).all()) for layer, mask in pruned.items()), stage
+
+
+def test_qa_sparse_peft_changes_codes_and_nothing_else(results):
+    folder = results("sqft_qa_sparse_peft").folder
+    before, after = load_base(str(folder / "base")), load_base(str(folder / "merged"))
+    changed = 0
+    for name, layer in before.named_modules():
+        if isinstance(layer, AffineLinear):
+            merged = after.get_submodule(name)
+            changed += int((layer.codes != merged.codes).sum())
+            assert torch.equal(layer.scales, merged.scales)
+            assert torch.equal(layer.offsets, merged.offsets)
+    assert changed
+
+
+def test_lonas_ships_a_smaller_model_within_its_budget(results):
+    result = results("lonas")
+    report = result.report["extract"]
+    assert report["parameters"] <= 0.95 * report["parameters_before"]
+    model = load_base(str(result.folder / "extracted"))
+    assert sum(p.numel() for p in model.parameters()) == report["parameters"]
+    assert result.report["search"]["best"]["values"]["parameters"] == report["parameters"]
+
+
+def test_the_adapter_of_shears_keeps_its_rank_beside_the_sparse_model(results):
+    folder = results("shears").folder
+    model = load_adapted(load_base(str(folder / "sparse")), folder / "chosen")
+    ranks = {adapter.active_rank for adapter in Switch(model).adapters.values()}
+    assert ranks <= {4, 3, 2}
+    assert len(ranks) > 1
+
+
+def test_a_finished_pipeline_is_passed_over(results):
+    from modicum.train.recipe import make_recipe
+    from modicum.train.yaml_lines import read_yaml
+
+    first = results("lonas")
+    values, _ = read_yaml((first.folder / "recipe.yaml").read_text(), "recipe")
+    again = run_recipe(make_recipe(values), resume=True)
+    assert set(again.reused) == {"reorder", "tune", "search", "extract"}
+    assert again.report["measure"] == first.report["measure"]
