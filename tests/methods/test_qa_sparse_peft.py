@@ -98,6 +98,24 @@ def test_values_and_gradients_are_those_of_the_definition(bits, zero_point, resi
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_blocks_may_lie_across_the_borders_of_panels():
+    weight, quantized = base(4, (25, 8))
+    _, layer, adapter = adapted(quantized, size=0.3)
+    value, _ = naive(weight, quantized, adapter)
+    torch.testing.assert_close(layer.site.weight() + layer.get_delta_weight("default"), value)
+
+
+def test_autocast_rounds_what_is_multiplied_and_not_what_decides_on_codes():
+    _, quantized = base()
+    _, layer, adapter = adapted(quantized, size=0.1)
+    delta = layer.get_delta_weight("default")
+    with torch.autocast("cpu", torch.bfloat16):
+        # rows of one 1 read the update column by column, without a sum
+        read = adapter(torch.eye(IN).bfloat16(), torch.zeros(IN, OUT, dtype=torch.bfloat16))
+    assert delta.any()
+    assert torch.equal(read, delta.bfloat16().T)
+
+
 @pytest.mark.parametrize("bits", [2, 4])
 def test_it_starts_from_the_codes_and_residuals_let_small_updates_move_some(bits):
     moved = {}
