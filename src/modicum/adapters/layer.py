@@ -70,14 +70,24 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        adapters = self.adapters
-        active = [cast("Adapter", adapters[name]) for name in self.active_adapters if name in adapters]
-        if any(adapter.cut for adapter in active):
-            return self._forward_cut(x, active)
+        active = self._active()
+        for adapter in active:
+            if adapter.cut is not None:
+                return self._forward_cut(x, active)
         output = self.base_layer(x, *args, **kwargs)
         if self.routing.active:
             return self._forward_mixed(x, output)
+        if len(active) == 1 and not self.merged_adapters:
+            return active[0](x, output)
         return output if self.merged else self._adapted(x, output, active)
+
+    def _active(self) -> list[Adapter]:
+        # not through the properties, which look attributes up the long way: this runs for every layer and token
+        adapters: Any = cast("Any", self._modules[self.adapters_attribute])._modules  # noqa: SLF001
+        names = self._active_adapter
+        if isinstance(names, str):
+            return [adapters[names]] if names in adapters else []
+        return [adapters[name] for name in names if name in adapters]
 
     def _adapted(self, x: Tensor, output: Tensor, active: list[Adapter]) -> Tensor:
         if len(active) == 1:
