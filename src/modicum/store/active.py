@@ -1,17 +1,24 @@
-"""Which sub-network a file says is active, read from its configuration and the shapes of its tensors alone."""
+"""Which sub-network a saved adapter or model says is active; and another one made active."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from modicum.errors import listing
+from modicum.errors import ConfigError, listing
+from modicum.store.atomic import write_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
+
+    from modicum.adapters.elastic import SubNetwork
+
+_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,29 @@ def of_model(saved: Mapping[str, Any]) -> ActiveSubNetwork:
 def unfit(faults: list[str]) -> str:
     """The state of a file whose sub-network has `faults`."""
     return f"its sub-network does not fit its tensors: {listing(faults)}; get the file again"
+
+
+def with_sub_network(adapter: Path, target: Path, sub_network: SubNetwork | None) -> None:
+    """Writes the PEFT folder `adapter` to `target`, where `sub_network` is active on loading; None: all of it.
+
+    Raises:
+        ConfigError: `adapter` holds no elastic adapter, or `target` exists.
+    """
+    file = adapter / _CONFIG
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if "sub_network" not in config:
+        raise ConfigError(f"{adapter} holds no adapter with sub-networks")
+    if target.exists():
+        raise ConfigError(f"{target} exists already; choose another folder")
+    config["sub_network"] = None if sub_network is None else sub_network.as_dict()
+
+    def fill(folder: Path) -> None:
+        for source in adapter.iterdir():
+            if source.is_file():
+                shutil.copyfile(source, folder / source.name)
+        (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+    write_folder(target, fill)
 
 
 def _digest(ranks: Mapping[str, int], widths: Mapping[str, int], cuts: Mapping[str, Any]) -> str:

@@ -134,7 +134,7 @@ class _Pipeline:
         if options is None:
             return
         from modicum.adapters.elastic import SubNetwork
-        from modicum.store.sub_network import with_sub_network
+        from modicum.store.active import with_sub_network
 
         chosen = self.folder / CHOSEN
         if not self._is_there(chosen, "search", "adapter_config.json"):
