@@ -163,6 +163,9 @@ def test_a_json_without_cuts_is_enough_and_other_cuts_are_refused(tmp_path: Any)
     done = extract(big, tmp_path / "small", tokenizer=tokenizer(), sub_network=widths_only, texts=TEXTS)
     assert (done.model_class, done.stock) == ("ModicumLlamaForCausalLM", False)
     assert done.widths == {"model.layers.1.mlp": 12}
+    about = AutoConfig.from_pretrained(tmp_path / "small").modicum["sub_network"]
+    assert about == {"ranks": done.ranks, "widths": done.widths}
+    assert set(done.ranks.values()) == {RANK}
     assert "import modicum" in (tmp_path / "small" / "README.md").read_text()
     wrong = SubNetwork(
         cuts={"model.layers.1.mlp.down_proj": Cut(inputs=((0, 7),))}, widths=widths_only.widths
@@ -186,6 +189,17 @@ def test_heads_trained_in_full_come_along(tmp_path: Any) -> None:
     torch.testing.assert_close(logits(small), logits(big), rtol=1e-4, atol=1e-4)
     own = big.base_model.model.classifier.modules_to_save["default"]
     assert torch.equal(small.classifier.weight, own.weight)
+
+
+def test_a_head_that_only_another_adapter_trained_is_the_base_models(tmp_path: Any) -> None:
+    big = super_network("bert", task_type="FEATURE_EXTRACTION")
+    other = ElasticLoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"])
+    big.add_adapter("other", other)
+    big.base_model.model.classifier.modules_to_save["other"].weight.data.add_(1)
+    big.set_adapter("default")
+    extract(big, tmp_path / "small", tokenizer=tokenizer(), texts=TEXTS)
+    small: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "small")
+    assert torch.equal(small.classifier.weight, bert().classifier.weight)
 
 
 def test_every_method_that_merges_is_merged_and_zeros_stay(tmp_path: Any) -> None:
