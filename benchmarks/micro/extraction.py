@@ -32,8 +32,9 @@ from modicum.search.space import SearchSpace
 
 RESULT = Path(__file__).parent / "results" / "extraction.json"
 RANK = 32
-#: arm -> (MLP channels, query heads) of every layer, as parts of 8192 and 32
-ARMS = {"84 %": (6400, 32), "80 %": (5952, 32), "76 %": (5952, 24)}
+#: arm -> (MLP channels, query heads) of every layer, of 8192 and 32. Multiples of 128: with 5952 channels and four
+#: threads the product runs at 1.09 of the full width's speed, with 5888 at 1.37 (oneDNN divides rows among threads)
+ARMS = {"84 %": (6400, 32), "80 %": (6144, 28), "76 %": (5888, 24)}
 
 
 def shape(small: bool) -> LlamaConfig:
@@ -67,10 +68,10 @@ def extracted(folder: Path, small: bool) -> dict[str, dict[str, Any]]:
     model = get_peft_model(dense(small), adapter, autocast_adapter_dtype=False).eval()
     with torch.no_grad():
         for layer in Switch(model).adapters.values():
-            layer.B.mul_(1e-2)
+            layer.B.mul_(1e-3)  # random weights turn bfloat16 rounding of more into percents
     groups = [
         {"width": "mlp", "choices": sorted({mlp // (8 if small else 1) for mlp, _ in ARMS.values()})},
-        {"width": "heads", "choices": [24, 32]},
+        {"width": "heads", "choices": [24, 28, 32]},
     ]
     groups = [group | {"share": "model"} for group in groups]
     full = 1024 if small else 8192

@@ -73,6 +73,13 @@ def test_one_choice_for_the_whole_model():
     assert space.sub_network({"width.mlp": 24}).widths == {"model.layers.0.mlp": 24, "model.layers.1.mlp": 24}
 
 
+def test_shares_are_taken_to_multiples():
+    group = {"width": "mlp", "choices": [1.0, 0.8, 0.5], "multiple_of": 16}
+    space = SearchSpace.of_model({"groups": [group]}, adapted())
+    # of 48: 38.4 and 24 are nearest to 32 and, of even distance, to 32 as well
+    assert space.groups["0.width.mlp"].choices == (48, 32)
+
+
 def test_neighbours_differ_by_one_step():
     space = SearchSpace.of_model(SPACE, adapted())
     found = list(space.neighbours(space.heuristic()))

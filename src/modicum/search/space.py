@@ -209,7 +209,7 @@ class _Fitting:
                     f"{name} joins adapters of the ranks {', '.join(map(str, sizes))}; give them one"
                 )
                 continue
-            groups.append(Group(name, self._numbers(spec.choices, name, sizes[0], 1), tuple(layers)))
+            groups.append(Group(name, self._numbers(spec, name, sizes[0], 1), tuple(layers)))
         return groups
 
     def _width_groups(self, spec: GroupSpec) -> list[Group]:
@@ -238,7 +238,7 @@ class _Fitting:
                     f"{width.name} cuts {listing(bare)}, which carry no adapter: add them to target_modules"
                 )
             name = f"{block}.width.{width.kind}"
-            choices = self._numbers(spec.choices, name, width.units * width.size, width.size)
+            choices = self._numbers(spec, name, width.units * width.size, width.size)
             groups.append(Group(name, choices, widths=(width,)))
         return groups
 
@@ -265,12 +265,14 @@ class _Fitting:
             )
         return [block for block in spec.blocks if block in found]
 
-    def _numbers(self, choices: Sequence[float], name: str, full: int, unit: int) -> tuple[int, ...]:
+    def _numbers(self, spec: GroupSpec, name: str, full: int, unit: int) -> tuple[int, ...]:
         """The choices as whole numbers, descending."""
-        numbers = set()
-        for choice in choices:
-            # a share is taken to the nearest whole unit, a count has to be one
-            number = max(1, round(choice * full / unit)) * unit if isinstance(choice, float) else choice
+        numbers, step = set(), math.lcm(unit, spec.multiple_of)
+        for choice in spec.choices:
+            # a share is taken to the nearest step, the full width aside; a count has to be whole units
+            number = choice
+            if isinstance(choice, float):
+                number = full if choice == 1 else max(1, round(choice * full / step)) * step
             if not 1 <= number <= full:
                 self.faults.append(f"{name}: {choice} is outside 1 to {full}")
             elif number % unit:

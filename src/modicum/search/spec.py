@@ -40,6 +40,12 @@ class GroupSpec(BaseModel):
     choices: list[int | float] = Field(
         min_length=1, description="Ranks, channels or query heads; numbers with a point are shares."
     )
+    multiple_of: int = Field(
+        1,
+        ge=1,
+        description="Shares are taken to multiples of this many units; processors multiply fastest at multiples of 128 "
+        "channels.",
+    )
     share: Literal["block", "model"] = Field(
         "block", description="One choice in every transformer layer, or one for the whole model."
     )
