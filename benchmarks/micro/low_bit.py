@@ -377,36 +377,26 @@ def main() -> None:
             found[name] = measure(arguments.repeats, arguments.small)
             print(json.dumps({name: found[name]}, indent=1, default=str))
             gc.collect()
-    if arguments.small or arguments.only:
+    if arguments.small or arguments.only not in (None, "training"):
         return
+    only = f" --only {arguments.only}" if arguments.only else ""
+    options = f"--threads {arguments.threads} --repeats {arguments.repeats}{only}"
     about = {
-        "command": f"python benchmarks/micro/low_bit.py --threads {arguments.threads} --repeats {arguments.repeats}",
+        "command": f"python benchmarks/micro/low_bit.py {options}",
         "versions": {name: version(name) for name in ("modicum", "torch", "bitsandbytes", "openvino")},
         "threads": arguments.threads,
     }
     note = f"{arguments.threads} threads; all variants in turn, medians."
     steps = found.pop("training")
-    for file, values in (
-        (
-            RESULT,
-            {
-                "what": "generation with a 1.1B Llama, 4 bits",
-                **about,
-                **found,
-                "table": generation_table(found, note),
-            },
-        ),
-        (
-            TRAINING,
-            {
-                "what": "a training step on a 4-bit base",
-                **about,
-                **steps,
-                "table": training_table(steps, note),
-            },
-        ),
-    ):
-        file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    what = "a training step on a 4-bit base"
+    write(TRAINING, {"what": what, **about, **steps, "table": training_table(steps, note)})
+    if not arguments.only:
+        what = "generation with a 1.1B Llama, 4 bits"
+        write(RESULT, {"what": what, **about, **found, "table": generation_table(found, note)})
+
+
+def write(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def generation_table(found: dict[str, Any], note: str) -> dict[str, Any]:
