@@ -111,7 +111,13 @@ class Switch:
         """
         from modicum.adapters.layer import AdapterLinear
 
-        self._config = cast("Any", model).peft_config[adapter_name]
+        configs = getattr(model, "peft_config", {})
+        if adapter_name not in configs:
+            raise ConfigError(
+                f"the model has no adapter {adapter_name!r}{did_you_mean(adapter_name, configs)}; "
+                f"loaded: {', '.join(configs) or 'none'}"
+            )
+        self._name, self._config = adapter_name, configs[adapter_name]
         self.layers: dict[str, AdapterLinear] = {
             module.site.name: module
             for module in model.modules()
@@ -164,8 +170,14 @@ class Switch:
                     not runs or sorted(bounds) != bounds or bounds[-1] > size or any(a == b for a, b in runs)
                 ):
                     faults.append(f"{what} {list(runs)} of {name}, which has {size}")
-            if layer.merged:
-                faults.append(f"adapters are merged into {name}: unmerge them first")
+        # a merged weight stays what it is, whatever rank or width is chosen
+        merged = [
+            name
+            for name, layer in self.layers.items()
+            if self._name in layer.merged_adapters or (layer.merged and name in chosen.cuts)
+        ]
+        if merged:
+            faults.append(f"adapters are merged into {listing(merged, 2)}: unmerge them first")
         return faults
 
 

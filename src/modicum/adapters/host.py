@@ -199,7 +199,17 @@ def _routing_of(model: nn.Module) -> Routing:
 @functools.cache
 def host_class(method: str) -> type[HostModel]:
     """The tuner class of the method `method`: `HostModel` with its name and state-dict prefix."""
-    name = "".join(part.capitalize() for part in method.split("_")) + "Model"
-    return type(
-        name, (HostModel,), {"method": method, "prefix": registry.prefix(method), "__module__": __name__}
-    )
+    members = {"method": method, "prefix": registry.prefix(method), "__module__": __name__}
+    return type(_host_name(method), (HostModel,), members)
+
+
+def __getattr__(name: str) -> type[HostModel]:
+    """The tuner class called `name`, which a pickled model asks for."""
+    for method in registry.names():
+        if _host_name(method) == name:
+            return host_class(method)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _host_name(method: str) -> str:
+    return "".join(part.capitalize() for part in method.split("_")) + "Model"

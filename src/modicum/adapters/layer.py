@@ -70,16 +70,15 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        active = self._active()
+        if self.routing.active:
+            return self._forward_mixed(x, self.base_layer(x, *args, **kwargs))
+        # as everywhere in PEFT, what is merged is all that runs
+        active = [] if self.merged_adapters else self._active()
         for adapter in active:
             if adapter.cut is not None:
                 return self._forward_cut(x, active)
         output = self.base_layer(x, *args, **kwargs)
-        if self.routing.active:
-            return self._forward_mixed(x, output)
-        if len(active) == 1 and not self.merged_adapters:
-            return active[0](x, output)
-        return output if self.merged else self._adapted(x, output, active)
+        return self._adapted(x, output, active) if active else output
 
     def _active(self) -> list[Adapter]:
         # not through the properties, which look attributes up the long way: this runs for every layer and token
@@ -103,8 +102,6 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
             raise ConfigError(
                 f"the active adapters want different parts of {self.site.name}; activate one of them at a time"
             )
-        if self.routing.active:
-            raise ConfigError("adapter_names cannot mix sub-networks of different widths; extract them")
         if cut.inputs is not None and x.shape[-1] == self.in_features:
             x = take(x, cut.inputs, -1)
         factors = [adapter.lora_factors() for adapter in active] if self.site.format.mergeable else [None]
@@ -137,6 +134,11 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
             )
             rows = position[rows]
         adapters = [cast("Adapter", self.adapters[name]) for name in here]
+        narrower = [name for name, adapter in zip(here, adapters, strict=True) if adapter.cut is not None]
+        if narrower:
+            raise ConfigError(
+                f"adapter_names cannot mix sub-networks of different widths ({', '.join(narrower)}); extract them"
+            )
         return type(adapters[0]).forward_mixed(adapters, rows, x, base_output)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:

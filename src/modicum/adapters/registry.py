@@ -87,7 +87,7 @@ def method_of(config: type[AdapterConfig] | AdapterConfig) -> str:
 def _peft_types() -> type[enum.Enum]:
     # PEFT reads `.value` in places, so plain strings do not do; values keep clear of PEFT's own names
     members = {f"MODICUM_{name.upper()}": f"MODICUM_{name.upper()}" for name in names()}
-    return enum.Enum("ModicumPeftType", members, type=str)
+    return enum.Enum("ModicumPeftType", members, type=str, module=__name__)
 
 
 def peft_type(config: type[AdapterConfig]) -> enum.Enum:
@@ -111,3 +111,10 @@ def register() -> None:
         mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind] = config_class(name)  # pyright: ignore[reportArgumentType]
         mapping.PEFT_TYPE_TO_TUNER_MAPPING[kind] = host_class(name)  # pyright: ignore[reportArgumentType]
         mapping.PEFT_TYPE_TO_PREFIX_MAPPING[kind] = prefix(name)  # pyright: ignore[reportArgumentType]
+
+
+def __getattr__(name: str) -> type[enum.Enum]:
+    """The enum of PEFT types, which a pickled config asks for."""
+    if name == "ModicumPeftType":
+        return _peft_types()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
