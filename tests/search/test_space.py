@@ -110,6 +110,15 @@ def test_samples_are_uniform_and_depend_on_the_generator_alone():
         ([{"rank": ["q_proj"], "choices": [4], "blocks": [7]}], "blocks"),
         ([{"rank": ["q_proj"], "width": "mlp", "choices": [4]}], "either a rank or a width"),
         ([{"rank": ["q_proj"], "choises": [4]}], "choices"),
+        ([{"rank": ["q_proj"], "choices": [-0.5]}], "-0.5 is no share"),
+        ([{"rank": ["q_proj"], "choices": [float("nan")]}], "nan is no share"),
+        ([{"rank": ["q_proj"], "choices": [4.0, 0.5]}], "as a count write 4"),
+        ([{"rank": ["q_proj"], "choices": [1, 0.5]}], "1 is a count of one"),
+        ([{"rank": ["q_proj"], "choices": [True]}], "valid integer"),
+        ([{"rank": [], "choices": [4]}], "rank is empty"),
+        ([{"rank": ["q_proj"], "choices": [4], "blocks": []}], "blocks is empty"),
+        ([{"width": ["gate_proj", "up_proj", "dawn_proj"], "choices": [24]}], "is called dawn_proj"),
+        ([{"width": ["gate_proj", "up_proj", "q_proj", "k_proj", "v_proj"], "choices": [2]}], "give each a"),
         ([], "groups"),
     ],
 )
@@ -121,10 +130,17 @@ def test_what_does_not_fit_is_refused(groups, words):
 def test_all_faults_at_once():
     with pytest.raises(ConfigError) as error:
         SearchSpace.of_model(
-            {"groups": [{"rank": ["nothing"], "choices": [4]}, {"width": "heads", "choices": [3]}]}, adapted()
+            {
+                "groups": [
+                    {"rank": ["nothing"], "choices": [4]},
+                    {"width": "heads", "choices": [3]},
+                    {"width": "mpl", "choices": [1.0]},
+                ]
+            },
+            adapted(),
         )
-    assert "nothing" in str(error.value)
-    assert "3 query heads" in str(error.value)
+    for words in ("nothing", "3 query heads", "did you mean 'mlp'"):
+        assert words in str(error.value)
 
 
 def test_a_cut_layer_needs_an_adapter():
@@ -214,3 +230,56 @@ def test_switching_names_what_does_not_fit():
     assert "layers.9" in str(error.value)
     assert "rank 9" in str(error.value)
     assert torch.equal(model(input_ids=tokens()).logits, before)
+
+
+def test_layers_of_equal_names_are_groups_of_their_own():
+    """BERT's layers are called dense all over; a group must not take the place of another."""
+    space = SearchSpace.of_model("shears", adapted(bert(), task_type="SEQ_CLS"))
+    ranks = {
+        group.layers[0].rpartition("layer.0.")[2] for name, group in space.groups.items() if name[0] == "0"
+    }
+    assert ranks == {"attention.self.query", "intermediate.dense", "output.dense"}
+    assert len(space.groups) == 6
+
+
+def test_one_choice_for_some_layers_and_another_for_the_rest():
+    group = {"width": "mlp", "choices": [1.0, 0.5], "share": "model"}
+    space = SearchSpace.of_model({"groups": [group | {"blocks": [0]}, group | {"blocks": [1]}]}, adapted())
+    assert {name: [w.block for w in one.widths] for name, one in space.groups.items()} == {
+        "0.width.mlp": [0],
+        "1.width.mlp": [1],
+    }
+
+
+def test_a_share_near_the_whole_never_ends_above_it():
+    # of 48 channels 43.2 are nearest to 32, and to 56 where steps are 28
+    group = {"width": "mlp", "choices": [1.0, 0.9], "multiple_of": 32}
+    assert SearchSpace.of_model({"groups": [group]}, adapted()).groups["0.width.mlp"].choices == (48, 32)
+    group = {"width": "mlp", "choices": [1.0, 0.9], "multiple_of": 28}
+    assert SearchSpace.of_model({"groups": [group]}, adapted()).groups["0.width.mlp"].choices == (48,)
+
+
+def test_ranks_are_elastic_on_models_of_unknown_families():
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    from modicum.search.costs import Costs
+
+    config = GPTNeoXConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    model = adapted(GPTNeoXForCausalLM(config))
+    space = SearchSpace.of_model({"groups": [{"rank": ["query_key_value"], "choices": [4, 1]}]}, model)
+    assert [group.choices for group in space.groups.values()] == [(4, 1), (4, 1)]
+    costs = Costs.of_model(model, merged=False)
+    small = costs.parameters(space.sub_network(space.smallest()))
+    assert costs.parameters() - small == 2 * 3 * (16 + 48)
+    with pytest.raises(ConfigError, match="ranks alone can be elastic"):
+        SearchSpace.of_model({"groups": [{"width": "mlp", "choices": [1.0]}]}, model)
+
+
+def test_the_digest_tells_apart_what_groups_hold():
+    first, second = (
+        SearchSpace.of_model({"groups": [{"rank": [layer], "choices": [4, 2], "share": "model"}]}, adapted())
+        for layer in ("self_attn.q_proj", "self_attn.k_proj")
+    )
+    assert first.digest() != second.digest()

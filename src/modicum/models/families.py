@@ -245,6 +245,14 @@ def widths(model: nn.Module) -> list[Width]:
     return found
 
 
+def known_widths(model: nn.Module) -> list[Width]:
+    """The `widths` of `model`; none where we do not know its family, whose ranks alone can be elastic."""
+    try:
+        return widths(model)
+    except ConfigError:
+        return []
+
+
 def _channels(known: Layout, name: str, index: int, block: nn.Module) -> Width:
     units = _shape(block, known.channels_out)[1]
     parts = tuple((part * units, 1) for part in range(known.channels_parts))

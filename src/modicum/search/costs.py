@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from modicum.adapters.elastic import SubNetwork, Switch
 from modicum.models.architecture import linear_shape
-from modicum.models.families import widths
+from modicum.models.families import known_widths
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -83,7 +83,7 @@ class Costs:
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         cache = 2 * config.num_hidden_layers * groups * head * dtype.itemsize
-        return cls(layers, widths(base), total, merged=merged, bytes_each=dtype.itemsize, cache=cache)
+        return cls(layers, known_widths(base), total, merged=merged, bytes_each=dtype.itemsize, cache=cache)
 
     @classmethod
     def of_shapes(cls, model: Any, ranks: Mapping[str, int], *, merged: bool = True) -> Costs:
@@ -93,7 +93,7 @@ class Costs:
             for name, module in model.named_modules()
             if (shape := linear_shape(module))
         }
-        return cls(layers, widths(model), sum(p.numel() for p in model.parameters()), merged=merged)
+        return cls(layers, known_widths(model), sum(p.numel() for p in model.parameters()), merged=merged)
 
     def parameters(self, sub_network: SubNetwork | None = None) -> int:
         """All numbers of the model that are left, embeddings and norms included, adapters unless merged."""

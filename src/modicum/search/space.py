@@ -14,7 +14,7 @@ import torch
 
 from modicum.adapters.elastic import Cut, SubNetwork, Switch
 from modicum.errors import ConfigError, did_you_mean, listing
-from modicum.models.families import Width, widths
+from modicum.models.families import Width, known_widths
 from modicum.search.spec import SpaceSpec, read_space
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class SearchSpace:
     ) -> SearchSpace:
         """The space `source` on a PEFT model; see `of`."""
         adapters = Switch(model, adapter_name).adapters
-        return cls.of(source, {name: adapter.rank for name, adapter in adapters.items()}, widths(model))
+        return cls.of(source, {name: adapter.rank for name, adapter in adapters.items()}, known_widths(model))
 
     @property
     def size(self) -> int:
@@ -82,8 +82,12 @@ class SearchSpace:
         return math.prod(len(group.choices) for group in self.groups.values())
 
     def digest(self) -> str:
-        """16 hex digits over groups and choices."""
-        text = json.dumps({name: group.choices for name, group in self.groups.items()}, sort_keys=True)
+        """16 hex digits over groups, what they hold, and choices."""
+        parts = {
+            name: [group.choices, group.layers, [width.name for width in group.widths]]
+            for name, group in self.groups.items()
+        }
+        text = json.dumps(parts, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def largest(self) -> Choices:
@@ -173,8 +177,10 @@ class _Fitting:
         found = self._rank_groups(spec) if spec.rank is not None else self._width_groups(spec)
         if spec.share == "block":
             return found
+        # "rank.q_proj" of all blocks, "0+1.rank.q_proj" of some
+        place = "" if spec.blocks is None else "+".join(map(str, spec.blocks)) + "."
         merged = Group(
-            found[0].name.partition(".")[2] if found else "",
+            place + found[0].name.partition(".")[2] if found else "",
             found[0].choices if found else (),
             tuple(layer for group in found for layer in group.layers),
             tuple(width for group in found for width in group.widths),
@@ -202,7 +208,7 @@ class _Fitting:
         groups = []
         for block in self._chosen(spec, blocks):
             layers = blocks[block]
-            name = f"{block}.rank.{'+'.join(layer.rpartition('.')[2] for layer in layers)}"
+            name = f"{block}.rank.{'+'.join(self._short(layer) for layer in layers)}"
             sizes = sorted({self.ranks[layer] for layer in layers})
             if len(sizes) > 1:
                 self.faults.append(
@@ -215,20 +221,31 @@ class _Fitting:
     def _width_groups(self, spec: GroupSpec) -> list[Group]:
         wanted = [spec.width] if isinstance(spec.width, str) else list(spec.width or ())
         found: dict[int, Width] = {}
+        before = len(self.faults)
         for width in self.widths:
             outputs = [port.layer for port in width.outputs]
             hit = [layer for layer in outputs if any(_ends(layer, end) for end in wanted)]
             if wanted == [width.kind] or len(hit) == len(outputs):
-                found[width.block] = width
+                other = found.setdefault(width.block, width)
+                if other != width:
+                    self.faults.append(
+                        f"width: {', '.join(wanted)} cuts {other.name} and {width.name}; give each a group"
+                    )
             elif hit:
                 self.faults.append(
                     f"width: {', '.join(wanted)} cuts {listing(hit)} alone, but {width.name} needs "
                     f"{listing([name for name in outputs if name not in hit])} cut along"
                 )
-        if not found and not self.faults:
-            kinds = sorted({width.kind for width in self.widths})
+        kinds = sorted({width.kind for width in self.widths})
+        layers = [port.layer for width in self.widths for port in width.outputs]
+        idle = [one for one in wanted if one not in kinds and not any(_ends(layer, one) for layer in layers)]
+        if found and idle:
+            near = did_you_mean(idle[0], {layer.rpartition(".")[2] for layer in layers})
+            self.faults.append(f"width: no layer with channels or heads is called {', '.join(idle)}{near}")
+        elif not found and len(self.faults) == before:
+            known = ", ".join(kinds) or "none of this kind of model, whose ranks alone can be elastic"
             near = did_you_mean(" ".join(wanted), kinds)
-            self.faults.append(f"width: no width is called {wanted}{near}; known: {', '.join(kinds)}")
+            self.faults.append(f"width: no width is called {', '.join(wanted)}{near}; known: {known}")
         groups = []
         for block in self._chosen(spec, found):
             width = found[block]
@@ -241,6 +258,12 @@ class _Fitting:
             choices = self._numbers(spec, name, width.units * width.size, width.size)
             groups.append(Group(name, choices, widths=(width,)))
         return groups
+
+    def _short(self, layer: str) -> str:
+        """The last name of a layer; where others of its block end alike (BERT's dense), all that follows the block."""
+        end, block = layer.rpartition(".")[2], _block(layer)
+        alike = [name for name in self.ranks if _ends(name, end) and _block(name) == block]
+        return end if len(alike) == 1 else layer.partition(f".{block}.")[2] or layer
 
     def _layers(self, wanted: str) -> list[tuple[int, str]]:
         """(transformer layer, name) of the adapted layers that a role or an ending means."""
@@ -272,7 +295,7 @@ class _Fitting:
             # a share is taken to the nearest step, the full width aside; a count has to be whole units
             number = choice
             if isinstance(choice, float):
-                number = full if choice == 1 else max(1, round(choice * full / step)) * step
+                number = full if choice == 1 else min(full, max(1, round(choice * full / step)) * step)
             if not 1 <= number <= full:
                 self.faults.append(f"{name}: {choice} is outside 1 to {full}")
             elif number % unit:
@@ -286,12 +309,14 @@ class _Fitting:
 
 
 def _overlaps(groups: Sequence[Group]) -> list[str]:
-    """Layers whose rank, and widths, that two groups choose."""
+    """Layers whose rank, and widths, that two groups choose; or groups that cannot be told apart."""
     owners: dict[str, list[str]] = defaultdict(list)
     for group in groups:
         for name in (*group.layers, *(width.name for width in group.widths)):
             owners[name].append(group.name)
-    return [f"{name} is in {' and '.join(names)}" for name, names in owners.items() if len(names) > 1]
+    names = [group.name for group in groups]
+    faults = [f"{name} is in {' and '.join(mine)}" for name, mine in owners.items() if len(mine) > 1]
+    return faults or [f"two groups are called {name}" for name in {*names} if names.count(name) > 1]
 
 
 def _ends(name: str, end: str) -> bool:

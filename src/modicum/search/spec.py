@@ -18,7 +18,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError, model_validator
 
 from modicum.errors import ConfigError, did_you_mean
 
@@ -37,7 +37,7 @@ class GroupSpec(BaseModel):
     width: str | list[str] | None = Field(
         None, description="'mlp', 'heads', or the layers whose outputs are cut together."
     )
-    choices: list[int | float] = Field(
+    choices: list[StrictInt | StrictFloat] = Field(
         min_length=1, description="Ranks, channels or query heads; numbers with a point are shares."
     )
     multiple_of: int = Field(
@@ -52,9 +52,21 @@ class GroupSpec(BaseModel):
     blocks: list[int] | None = Field(None, description="Indices of the transformer layers; all when unset.")
 
     @model_validator(mode="after")
-    def _one_kind(self) -> GroupSpec:
+    def _sensible(self) -> GroupSpec:
+        faults = [
+            f"{name} is empty" for name in ("rank", "width", "blocks") if getattr(self, name) in ([], "")
+        ]
         if (self.rank is None) == (self.width is None):
-            raise ValueError("a group is either a rank or a width: give one of the two")
+            faults.append("a group is either a rank or a width: give one of the two")
+        shares = [choice for choice in self.choices if isinstance(choice, float)]
+        for share in shares:
+            if not 0 < share <= 1:
+                count = f"; as a count write {share:.0f}" if share > 1 and share.is_integer() else ""
+                faults.append(f"{share} is no share, which is above 0 and at most 1{count}")
+        if shares and any(choice == 1 for choice in self.choices if isinstance(choice, int)):
+            faults.append("1 is a count of one, and other choices are shares: write 1.0 for all of it")
+        if faults:
+            raise ValueError("; ".join(faults))
         return self
 
 
@@ -108,4 +120,4 @@ def _worded(fault: Any) -> str:
     if fault["type"] == "extra_forbidden":
         known = [*SpaceSpec.model_fields, *GroupSpec.model_fields]
         return f"no option {fault['loc'][-1]!r}{did_you_mean(str(fault['loc'][-1]), known)}"
-    return fault["msg"]
+    return fault["msg"].removeprefix("Value error, ")
