@@ -1,7 +1,7 @@
 """Every error modicum raises on purpose, under one root.
 
 An error says what was wrong, all of it at once, and what would be right. Helpers that put that in words
-(`nearest`, `listing`) live here too, so that every floor words its errors alike.
+(`nearest`, `listing`, `too_low`) live here too, so that every floor words its errors alike.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import difflib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 
 class ModicumError(Exception):
@@ -65,3 +65,20 @@ def did_you_mean(wanted: str, known: Iterable[str]) -> str:
     """` (did you mean 'x' or 'y'?)` for the nearest known names, or an empty string."""
     near = nearest(wanted, known)
     return f" (did you mean {' or '.join(repr(name) for name in near)}?)" if near else ""
+
+
+def not_among(name: str, value: object, known: Sequence[str]) -> list[str]:
+    """The fault that the option `name` is none of the `known` words, with the nearest; empty if it is one."""
+    if value in known:
+        return []
+    return [f"{name} = {value!r}{did_you_mean(str(value), known)}, must be one of {', '.join(known)}"]
+
+
+def too_low(options: object, least: Mapping[str, float]) -> list[str]:
+    """The faults that attributes of `options` are below the `least` they must be; empty if none is."""
+    values = {name: getattr(options, name) for name in least}
+    return [
+        f"{name} = {values[name]}, must be at least {low}"
+        for name, low in least.items()
+        if values[name] < low
+    ]

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from tests import models_for_tests as models
 
 import modicum
-from modicum.adapters.merge_report import merge_error
+from modicum.adapters.merge_report import merge_error, relative_error
 from modicum.errors import ConfigError
 
 
@@ -95,3 +95,10 @@ def test_models_that_are_merged_already_or_carry_nothing_are_refused():
     model.merge_adapter()
     with pytest.raises(ConfigError, match="unmerge_adapter"):
         merge_error(model, batch())
+
+
+def test_an_error_is_relative_to_what_is_expected():
+    expected = torch.tensor([3.0, 4.0])
+    assert relative_error(expected + torch.tensor([0.0, 0.5]), expected) == pytest.approx(0.1)
+    assert relative_error(expected, torch.zeros(2)) == 5
+    assert relative_error(torch.zeros(2), torch.zeros(2)) == 0

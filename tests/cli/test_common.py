@@ -10,6 +10,7 @@ import pytest
 from modicum.cli._common import (
     emit,
     jsonable,
+    layer_progress,
     parse_overrides,
     progress,
     table,
@@ -53,6 +54,17 @@ def test_progress_without_a_total(capsys):
         advance(2)
         advance()
     assert capsys.readouterr().err == "reading 2\nreading 3\n"
+
+
+def test_layers_are_counted_from_where_a_resumed_run_begins(capsys):
+    with layer_progress("layers") as advance:
+        advance(2, 4, "")
+        advance(3, 4, "c")
+        advance(4, 4, "d")
+    assert capsys.readouterr().err == "layers 4/4 d\n"
+    with layer_progress("layers"):
+        pass
+    assert capsys.readouterr().err == ""
 
 
 def test_overrides():

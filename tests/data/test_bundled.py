@@ -43,6 +43,11 @@ def test_rows_are_as_described(name):
             assert len(row[task.completion].split(task.separator)) == len(task.parts)
 
 
+def test_texts_are_prompts_with_their_completions():
+    texts = bundled.texts("notes", "test")
+    assert texts == [row["prompt"] + row["completion"] for row in read("notes", "test")]
+
+
 @pytest.mark.parametrize("name", bundled.names())
 def test_no_prompt_occurs_twice(name):
     prompts = [row["prompt"] for split in bundled.SPLITS for row in read(name, split)]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from peft import PeftConfig
 
-from modicum.errors import ConfigError, did_you_mean
+from modicum.errors import ConfigError, did_you_mean, not_among
 
 if TYPE_CHECKING:
     from modicum.adapters.basis import BasisSpec
@@ -132,9 +132,8 @@ class AdapterConfig(PeftConfig):
         faults = []
         for spec in dataclasses.fields(self):
             value, limits = getattr(self, spec.name), spec.metadata
-            if "choices" in limits and value not in limits["choices"]:
-                near = did_you_mean(str(value), limits["choices"])
-                faults.append(f"{spec.name} = {value!r}{near}, must be one of {', '.join(limits['choices'])}")
+            if "choices" in limits:
+                faults += not_among(spec.name, value, limits["choices"])
             if "minimum" in limits and value < limits["minimum"]:
                 faults.append(f"{spec.name} = {value!r}, must be at least {limits['minimum']}")
             if "maximum" in limits and value > limits["maximum"]:

@@ -93,30 +93,35 @@ def merge_error(
     model.eval()
     found: list[LayerError] = []
     with _measuring(layers, dtype, found, merged_layers):
-        unmerged = _logits(model, batch)
+        unmerged = logits_of(model, batch)
     with model.disable_adapter():
-        base = _logits(model, batch)
+        base = logits_of(model, batch)
     with _merged(layers.values(), dtype) if merged_layers is None else _replaced(model, merged_layers):
-        merged = _logits(model, batch)
+        merged = logits_of(model, batch)
     model.train(training)
     kept = kept or str(dtype or _weight(next(iter(layers.values()))).dtype).removeprefix("torch.")
-    norm, effect = unmerged.norm().item(), (unmerged - base).norm().item()
-    error = (merged - unmerged).norm().item()
+    error, effect = (merged - unmerged).norm().item(), (unmerged - base).norm().item()
     found.sort(key=lambda layer: -layer.error)
     return MergeReport(
         dtype=kept,
         tokens=len(unmerged),
-        logit_error=error / norm if norm else 0.0,
+        logit_error=relative_error(merged, unmerged),
         max_difference=(merged - unmerged).abs().max().item(),
         same_answer=(merged.argmax(-1) == unmerged.argmax(-1)).float().mean().item(),
-        effect=effect / norm if norm else 0.0,
+        effect=relative_error(base, unmerged),
         lost=error / effect if effect else 0.0,
         worst_layers=tuple(found[:worst]),
         tolerance=TOLERANCES.get(kept, TOLERANCES["float32"]),
     )
 
 
-def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖; ‖found‖ where nothing but zeros is expected."""
+    return (found - expected).norm().item() / (expected.norm().item() or 1.0)
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Logits in float64, (tokens, classes), without those of padding."""
     logits = model(**batch).logits.double()
     mask = batch.get("attention_mask")
@@ -172,9 +177,8 @@ def _measuring(
         else:
             with _merged([layer], dtype):
                 merged = layer.get_base_layer()(*inputs, **keywords)
-        norm = output.double().norm().item()
-        error = (merged.double() - output.double()).norm().item()
-        found.append(LayerError(name.removeprefix("base_model.model."), error / norm if norm else 0.0))
+        error = relative_error(merged.double(), output.double())
+        found.append(LayerError(name.removeprefix("base_model.model."), error))
 
     def hook(name: str) -> Any:
         return lambda layer, inputs, keywords, output: compare(name, layer, inputs, keywords, output)

@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +18,11 @@ from modicum.errors import ConfigError
 
 #: the `--json` option of a verb: `as_json: JsonFlag = False`
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+#: what several verbs that write a model folder take
+ModelArgument = Annotated[str, typer.Argument(help="A model folder, a hub name, or 'embedded'.")]
+OutputOption = Annotated[Path, typer.Option(help="The folder to write.")]
+OverwriteFlag = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+SequenceLength = Annotated[int, typer.Option(help="Tokens in a sequence.")]
 
 Advance = Callable[..., None]
 
@@ -97,6 +103,20 @@ def progress(what: str, total: int | None = None, every: float = 10.0) -> Iterat
             typer.echo(f"{what} {done}{f'/{total}' if total else ''} {note}".rstrip(), err=True)
 
     yield advance
+
+
+@contextlib.contextmanager
+def layer_progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A function `advance(done, total, name)` that shows `progress` from its first call on, which says the total."""
+    with contextlib.ExitStack() as stack:
+        bar: list[Advance] = []
+
+        def advance(done: int, total: int, name: str) -> None:
+            bar[:] = bar or [stack.enter_context(progress(what, total))]
+            # what a resumed run finds finished has no name
+            bar[0](1 if name else done, name)
+
+        yield advance
 
 
 def parse_overrides(pairs: Sequence[str] | None) -> dict[str, Any]:

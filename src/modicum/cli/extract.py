@@ -6,13 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
-from modicum.cli._common import JsonFlag, emit, size, table
+from modicum.cli._common import JsonFlag, OutputOption, OverwriteFlag, emit, size, table
 
 
 def run(
     model: Annotated[str, typer.Argument(help="The base model: a folder, a hub name, or 'embedded'.")],
     adapter: Annotated[Path, typer.Argument(help="A .modicum file or a PEFT folder.")],
-    output: Annotated[Path, typer.Option(help="The folder to write.")],
+    output: OutputOption,
     sub_network: Annotated[
         str | None,
         typer.Option(
@@ -23,7 +23,7 @@ def run(
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16 or float16; auto is the base model's.")
     ] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+    overwrite: OverwriteFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Write a sub-network as a dense model folder for `from_pretrained`, adapter merged in, tokenizer included.

@@ -1,18 +1,17 @@
 """Fold an adapter into its base model, after measuring what that costs."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from modicum.cli._common import JsonFlag, emit, table
+from modicum.cli._common import JsonFlag, OutputOption, emit, table
 
 
 def run(
     model: Annotated[str, typer.Option(help="The base model: a folder, a hub name, or 'embedded'.")],
     adapter: Annotated[Path, typer.Option(help="A .modicum file or a PEFT folder.")],
-    output: Annotated[Path, typer.Option(help="The folder to write.")],
+    output: OutputOption,
     dtype: Annotated[
         str,
         typer.Option(
@@ -59,11 +58,12 @@ def _texts(path: Path | None, count: int = 32) -> list[str]:
     from modicum.data import bundled
     from modicum.errors import DataError
 
-    lines = (path or bundled.path("notes", "test")).read_text(encoding="utf-8").splitlines()
-    lines = [line for line in lines if line.strip()][:count]
+    if path is None:
+        return bundled.texts("notes", "test")[:count]
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:count]
     if not lines:
         raise DataError(f"{path} holds no text to measure on")
-    return lines if path else ["".join(json.loads(line).values()) for line in lines]
+    return lines
 
 
 def _show(result: Any) -> Any:

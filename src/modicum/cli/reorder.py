@@ -1,16 +1,23 @@
 """Put MLP channels and attention heads in the order of their importance; the model computes the same."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from modicum.cli._common import JsonFlag, emit, table
+from modicum.cli._common import (
+    JsonFlag,
+    ModelArgument,
+    OutputOption,
+    OverwriteFlag,
+    SequenceLength,
+    emit,
+    table,
+)
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="A model folder, a hub name, or 'embedded'.")],
-    output: Annotated[Path, typer.Option(help="The folder to write.")],
+    model: ModelArgument,
+    output: OutputOption,
     kind: Annotated[list[str] | None, typer.Option(help="mlp or heads; both without.")] = None,
     importance: Annotated[
         str,
@@ -21,8 +28,8 @@ def run(
         typer.Option(help="Text files or hub:NAME data sets to measure on; bundled without."),
     ] = None,
     sequences: Annotated[int, typer.Option(help="Sequences to measure on.")] = 64,
-    sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+    sequence_length: SequenceLength = 256,
+    overwrite: OverwriteFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Write MODEL with its channels and heads in a new order, most important first, as a normal model folder.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from torch import nn
 
 from modicum.adapters.elastic import Cut, SubNetwork, Switch
 from modicum.adapters.layer import AdapterLinear
-from modicum.adapters.merge_report import TOLERANCES
+from modicum.adapters.merge_report import TOLERANCES, logits_of, relative_error
 from modicum.data import bundled
 from modicum.errors import ConfigError, InexactMergeError, did_you_mean, listing
 from modicum.models.families import unwrapped, widths
@@ -44,6 +43,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _KNOWN = ("auto", *DTYPES)
+#: bundled texts that logits are compared on
+_TEXTS = 16
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,8 @@ def extract(
             empty = small_class(config).to(wanted)
             whole_class, whole_config = _same_class(unwrapped(model))
             whole = whole_class(whole_config)
-        batch = _tokens(tokenizer, texts)
-        expected = _logits(model, batch)
+        batch = _tokens(tokenizer, texts, model.device)
+        expected = logits_of(model, batch)
         cuts = kept(model, chosen.widths) if chosen.widths else {}
         found: dict[str, Any] = {}
 
@@ -321,9 +322,8 @@ def _measured(
         small, info = small_class.from_pretrained(
             folder, dtype=model.dtype, attn_implementation=implementation, output_loading_info=True
         )
-    difference = _logits(small.eval().to(model.device), batch) - expected
-    norm = expected.norm().item()
-    error = difference.norm().item() / norm if norm else 0.0
+    logits = logits_of(small.eval().to(model.device), batch)
+    error, difference = relative_error(logits, expected), logits - expected
     rounding = {str(dtype).removeprefix("torch.") for dtype in (wanted, model.dtype)}
     tolerance = max(TOLERANCES[dtype] for dtype in rounding)
     if not error <= tolerance or info["missing_keys"]:
@@ -341,22 +341,12 @@ def _measured(
     }
 
 
-@torch.no_grad()
-def _logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """Logits in float64, (tokens, classes), without those of padding."""
-    moved = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    logits = model(**moved).logits.double()
-    return logits[moved["attention_mask"].bool()] if logits.dim() == 3 else logits
-
-
 def _tokens(
-    tokenizer: Any, texts: Sequence[str] | None, length: int = 128, count: int = 16
+    tokenizer: Any, texts: Sequence[str] | None, device: torch.device, length: int = 128
 ) -> dict[str, Tensor]:
-    if texts is None:
-        lines = bundled.path("notes", "test").read_text(encoding="utf-8").splitlines()[:count]
-        texts = ["".join(json.loads(line).values()) for line in lines]
-    encoded = tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True, max_length=length)
-    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+    texts = bundled.texts("notes", "test")[:_TEXTS] if texts is None else list(texts)
+    encoded = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=length)
+    return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
 def _sizes(model: nn.Module) -> tuple[int, int]:

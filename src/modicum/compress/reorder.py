@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from modicum.adapters.merge_report import TOLERANCES
+from modicum.adapters.merge_report import TOLERANCES, relative_error
 from modicum.compress.calibration import calibration_sequences
 from modicum.compress.source import Source
 from modicum.compress.writing import write_shards
-from modicum.errors import ConfigError, InexactMergeError, did_you_mean
+from modicum.errors import ConfigError, InexactMergeError, did_you_mean, not_among, too_low
 from modicum.models.architecture import read_config
 from modicum.models.families import widths
 from modicum.models.loading import load_tokenizer, quiet_transformers
@@ -72,14 +72,8 @@ class ReorderOptions:
         ]
         if not self.kinds:
             faults.append(f"kinds is empty; there are {', '.join(KINDS)}")
-        if self.importance not in IMPORTANCES:
-            near = did_you_mean(self.importance, IMPORTANCES)
-            faults.append(f"importance = {self.importance!r}{near}, must be one of {', '.join(IMPORTANCES)}")
-        faults += [
-            f"{name} = {getattr(self, name)}, must be at least {least}"
-            for name, least in (("sequences", 1), ("sequence_length", 2))
-            if getattr(self, name) < least
-        ]
+        faults += not_among("importance", self.importance, IMPORTANCES)
+        faults += too_low(self, {"sequences": 1, "sequence_length": 2})
         return faults
 
 
@@ -289,14 +283,13 @@ def _compared(found: Tensor, expected: Tensor) -> tuple[float, float]:
     Raises:
         InexactMergeError: more than the order of summation explains.
     """
-    difference = found - expected
-    error = difference.norm().item() / (expected.norm().item() or 1.0)
+    error = relative_error(found, expected)
     if not error <= TOLERANCES["float32"]:
         raise InexactMergeError(
             f"the reordered model's outputs differ by {error:.2%}, which the order of summation does not explain. "
             "Nothing was written"
         )
-    return error, difference.abs().max().item()
+    return error, (found - expected).abs().max().item()
 
 
 def _reported(width: Width, importance: Tensor, order: Tensor) -> ReorderedWidth:

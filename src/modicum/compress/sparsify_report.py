@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from modicum.errors import ConfigError, did_you_mean
+from modicum.errors import ConfigError, not_among, too_low
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -72,14 +72,8 @@ class SparsifyOptions:
 
     def faults(self) -> list[str]:
         """What is wrong with the options by themselves; empty if fine."""
-        faults = []
-        for name, known in (("algorithm", ALGORITHMS), ("per", (*COMPARED, None))):
-            value = getattr(self, name)
-            if value not in known:
-                words = [word for word in known if word]
-                faults.append(
-                    f"{name} = {value!r}{did_you_mean(value, words)}, must be one of {', '.join(words)}"
-                )
+        faults = not_among("algorithm", self.algorithm, ALGORITHMS)
+        faults += [] if self.per is None else not_among("per", self.per, COMPARED)
         shares = {"sparsity": self.sparsity}
         shares |= {f"ratios: {pattern}": ratio for pattern, ratio in self.ratios.items()}
         for name, share in shares.items():
@@ -89,9 +83,7 @@ class SparsifyOptions:
         faults += self._faults_of_pattern()
         if self.calibration and self.algorithm == "magnitude":
             faults.append("magnitude needs no calibration text, wanda does")
-        for name, least in (("sequences", 1), ("sequence_length", 2), ("eval_sequences", 0)):
-            if getattr(self, name) < least:
-                faults.append(f"{name} = {getattr(self, name)}, must be at least {least}")
+        faults += too_low(self, {"sequences": 1, "sequence_length": 2, "eval_sequences": 0})
         if self.eval_text is not None and not self.evaluate:
             faults.append("an evaluation text without evaluation")
         return faults

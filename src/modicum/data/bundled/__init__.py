@@ -7,6 +7,7 @@ should follow it. This module only knows where the files are and what they are f
 from __future__ import annotations
 
 import importlib.resources
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,3 +88,13 @@ def path(name: str, split: str) -> Path:
             f"task {name!r} has no split {split!r}{did_you_mean(split, SPLITS)}; use one of {SPLITS}"
         )
     return Path(str(importlib.resources.files(__name__))) / found.name / f"{split}.jsonl"
+
+
+def texts(name: str, split: str) -> list[str]:
+    """The rows of a split of a bundled task as plain texts, prompt and completion joined.
+
+    Raises:
+        DataError: there is no such task or split.
+    """
+    lines = path(name, split).read_text(encoding="utf-8").splitlines()
+    return ["".join(json.loads(line).values()) for line in lines]
