@@ -11,6 +11,8 @@ from tests import small_checkpoints as small
 from tests.cli.adapter_files import run
 from transformers import AutoModelForCausalLM
 
+from modicum.cli._shown import quantization
+from modicum.compress.quantize_report import QuantizationReport
 from modicum.quant.affine import AffineLinear
 
 
@@ -69,6 +71,17 @@ def test_the_table(text, tmp_path, capsys):
     plan = run(capsys, *words(text, tmp_path / "p", "--algorithm", "rtn", "--dry-run"))
     assert "(nothing written)" in plan.out
     assert "model.layers.1.mlp.down_proj" in plan.out
+
+
+def test_a_model_that_overflows_when_quantized_is_shown_without_perplexity():
+    about: dict = {"model": "m", "output": "q", "options": {}, "bits_per_weight": 4.0, "quantized_weights": 8}
+    about |= {"kept_weights": 2, "bytes_before": 40, "bytes_after": 12, "layers": [], "notes": ["a note"]}
+    shown = {}
+    for after in (None, 7.25):
+        report = QuantizationReport(**about, perplexity_before=6.5, perplexity_after=after, evaluation="text")
+        facts = quantization(report)[0]
+        shown[after] = list(facts.columns[1].cells)
+    assert [cell for cell in shown[7.25] if cell not in shown[None]] == ["6.500 -> 7.250 on text"]
 
 
 def test_zeros_and_residuals_are_asked_for(text, tmp_path, capsys):

@@ -10,7 +10,6 @@ from modicum.compress.calibration import (
     bundled_sequences,
     calibration_sequences,
     evaluation_sequences,
-    text_sequences,
 )
 from modicum.errors import DataError
 
@@ -26,19 +25,19 @@ def text(tmp_path):
 
 def test_sequences_are_spread_over_the_text(text):
     tokenizer = small.tokenizer()
-    found = text_sequences([text], tokenizer, 3, 10)
+    found = calibration_sequences([text], tokenizer, 3, 10)
     whole = tokenizer(ALPHABET * 4)["input_ids"] + [2]
     assert found.available == len(whole) == 106
     # ten sequences fit, the three taken are a third of the text apart
     assert found.ids.tolist() == [whole[start : start + 10] for start in (0, 30, 60)]
     assert found.ids.dtype == torch.int64
-    assert text_sequences([text], tokenizer, 10, 10).ids.flatten().tolist() == whole[:100]
+    assert calibration_sequences([text], tokenizer, 10, 10).ids.flatten().tolist() == whole[:100]
 
 
 def test_several_files_follow_each_other(text, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("xyz" * 5, encoding="utf-8")
-    found = text_sequences([text, other], small.tokenizer(), 1, 123)
+    found = calibration_sequences([text, other], small.tokenizer(), 1, 123)
     assert found.ids[0, 105:107].tolist() == [2, 1]
     assert found.available == 106 + 17
 
@@ -49,13 +48,13 @@ def test_lines_and_long_texts_lose_nothing(tmp_path):
     file.write_text(lines, encoding="utf-8")
     tokenizer = small.tokenizer()
     want = tokenizer(lines, verbose=False)["input_ids"]
-    found = text_sequences([file], tokenizer, 1, len(want))
+    found = calibration_sequences([file], tokenizer, 1, len(want))
     assert found.ids[0].tolist() == want
 
 
 def test_too_short_a_text_says_how_many_tokens_are_there_and_needed(text):
-    with pytest.raises(DataError, match=r"holds 106 tokens.*4 sequences of 50 tokens take 200.*at most 2"):
-        text_sequences([text], small.tokenizer(), 4, 50)
+    with pytest.raises(DataError, match=r"has 106 tokens.*one sequence takes 107"):
+        calibration_sequences([text], small.tokenizer(), 4, 107)
     with pytest.raises(DataError, match=r"has 106 tokens.*one sequence takes 107"):
         evaluation_sequences(text, small.tokenizer(), 4, 107)
 
@@ -65,7 +64,7 @@ def test_all_unusable_files_are_named_at_once(text, tmp_path):
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     files = [tmp_path / name for name in ("absent.txt", "empty.txt", "bytes.txt")]
     with pytest.raises(DataError) as caught:
-        text_sequences([text, *files], small.tokenizer(), 1, 5)
+        calibration_sequences([text, *files], small.tokenizer(), 1, 5)
     for part in ("absent.txt cannot be read: No such file", "empty.txt holds no text", "no UTF-8 text"):
         assert part in str(caught.value)
 
@@ -83,14 +82,10 @@ def test_evaluation_takes_what_there_is(text):
 
 def test_calibration_takes_what_there_is(text):
     tokenizer = small.tokenizer()
-    assert calibration_sequences([text], tokenizer, 3, 10).ids.tolist() == (
-        text_sequences([text], tokenizer, 3, 10).ids.tolist()
-    )
+    assert calibration_sequences([text], tokenizer, 4, 50).ids.shape == (2, 50)
     assert calibration_sequences([text, text], tokenizer, 64, 50).ids.shape == (4, 50)
     bundled = calibration_sequences([], tokenizer, 5, 20)
     assert torch.equal(bundled.ids, bundled_sequences("train", tokenizer, 5, 20).ids)
-    with pytest.raises(DataError, match=r"has 106 tokens.*one sequence takes 107"):
-        calibration_sequences([text], tokenizer, 4, 107)
 
 
 def test_data_sets_are_read_by_name(tmp_path):
@@ -100,8 +95,8 @@ def test_data_sets_are_read_by_name(tmp_path):
     (tmp_path / "pairs").mkdir()
     small.write_jsonl(tmp_path / "pairs" / "test.jsonl", [{"question": "abc", "answer": "xyz", "n": 3}] * 900)
     (tmp_path / "same.txt").write_text("\n".join([ALPHABET] * 4))
-    found = text_sequences([name], tokenizer, 1, 100)
-    assert torch.equal(found.ids, text_sequences([tmp_path / "same.txt"], tokenizer, 1, 100).ids)
+    found = calibration_sequences([name], tokenizer, 1, 100)
+    assert torch.equal(found.ids, calibration_sequences([tmp_path / "same.txt"], tokenizer, 1, 100).ids)
     assert found.source == name
     # evaluation has the test split; columns of text are joined where none is called text
     judged = evaluation_sequences(f"{name}/pairs", tokenizer, 1, 9)
@@ -109,7 +104,7 @@ def test_data_sets_are_read_by_name(tmp_path):
     assert len(evaluation_sequences(f"{name}/pairs", tokenizer, 60, 100).ids) == 60
     # a large data set is read no further than it takes
     small.write_jsonl(tmp_path / "train.jsonl", [{"text": ALPHABET} for _ in range(900)])
-    assert text_sequences([name], tokenizer, 2, 10).available < 400
+    assert calibration_sequences([name], tokenizer, 2, 10).available < 400
     absent = tmp_path / "absent.txt"
     with pytest.raises(DataError, match=r"absent.*hub:no/such:part cannot be read \(train split of part\)"):
-        text_sequences([absent, "hub:no/such:part"], tokenizer, 1, 5)
+        calibration_sequences([absent, "hub:no/such:part"], tokenizer, 1, 5)

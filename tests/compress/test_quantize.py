@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import shutil
 import signal
 import subprocess
@@ -21,6 +20,16 @@ from safetensors.torch import load_file, save_file
 from tests import models_for_tests as models
 from tests import small_checkpoints as small
 from tests.compress import export_cases
+from tests.compress.folder_cases import (
+    LENGTH,
+    Stop,
+    files_of,
+    perplexity,
+    saved,
+    stop_at,
+    tensors_of,
+    write_text,
+)
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -30,7 +39,7 @@ from transformers import (
 )
 
 import modicum  # noqa: F401 - registers the format
-from modicum.compress.calibration import evaluation_sequences, text_sequences
+from modicum.compress.calibration import calibration_sequences
 from modicum.compress.export import export_model, formats
 from modicum.compress.import_quantized import import_quantized
 from modicum.compress.quantize import quantize_model
@@ -44,17 +53,13 @@ from modicum.ops.gptq import Hessian, gptq
 from modicum.quant.affine import AffineLinear
 from modicum.quant.huggingface import dense_linear
 
-LENGTH = 24
 #: both dimensions of the small models (32 and 48) are multiples
 GROUP = 16
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    words = ["the cat sat", "on 12 mats", "and (some) dogs", "ran; far away", "to Rome!"]
-    file.write_text("\n".join(words[n * n % 5] + words[n % 3] for n in range(90)), encoding="utf-8")
-    return file
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 @pytest.fixture(scope="module")
@@ -67,35 +72,6 @@ def options(text):
 
 def with_gptq(options, text, **others):
     return dataclasses.replace(options, algorithm="gptq", calibration=(text,), **others)
-
-
-def perplexity(folder, text, **loading):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **loading).eval()
-    ids = evaluation_sequences(text, AutoTokenizer.from_pretrained(folder), 10, LENGTH).ids
-    with torch.no_grad():
-        return math.exp(sum(float(model(input_ids=row, labels=row).loss) for row in ids.split(1)) / len(ids))
-
-
-def saved(model, folder):
-    model.save_pretrained(folder)
-    small.tokenizer().save_pretrained(folder)
-    return folder
-
-
-def tensors_of(folder):
-    return {
-        key: value for file in sorted(folder.glob("*.safetensors")) for key, value in load_file(file).items()
-    }
-
-
-def files_of(folder):
-    """Content of all files, without what depends on the clock."""
-    found = {file.name: file.read_bytes() for file in folder.iterdir()}
-    report = json.loads(found.pop("quantization_report.json"))
-    report["seconds"] = report["output"] = None
-    for layer in report["layers"]:
-        layer["seconds"] = None
-    return found, report
 
 
 @pytest.mark.parametrize(
@@ -245,7 +221,7 @@ def test_gptq_is_fitted_to_the_inputs_that_quantized_layers_give(options, text, 
         if isinstance(module, torch.nn.Linear):
             value = quantized.model.layers[0].get_submodule(name).dequantized()
             module.weight = torch.nn.Parameter(value)
-    ids = text_sequences([text], small.tokenizer(), 12, LENGTH).ids
+    ids = calibration_sequences([text], small.tokenizer(), 12, LENGTH).ids
     for name in ("self_attn.k_proj", "self_attn.o_proj", "mlp.down_proj"):
         linear, hessian = model.model.layers[1].get_submodule(name), None
         hessian = Hessian(linear.in_features)
@@ -266,18 +242,6 @@ def test_gptq_loses_less_of_the_outputs_than_rounding(options, text, tmp_path):
     assert all(b.weight_error > 0.9 * a.weight_error for a, b in pairs)
     assert fitted.calibration_tokens == 12 * LENGTH
     assert rounded.calibration is None
-
-
-class Stop(Exception):  # noqa: N818 - not an error
-    pass
-
-
-def stop_at(step):
-    def progress(done, _total, _name):
-        if done == step:
-            raise Stop
-
-    return progress
 
 
 @pytest.mark.parametrize("step", [1, 2])
@@ -503,7 +467,7 @@ def test_the_head_is_fitted_to_what_the_final_norm_gives(options, text, tmp_path
     hessian = Hessian(32)
     loaded.lm_head.register_forward_pre_hook(lambda _m, args: hessian.add(args[0]))
     with torch.no_grad():
-        loaded(input_ids=text_sequences([text], small.tokenizer(), 12, LENGTH).ids)
+        loaded(input_ids=calibration_sequences([text], small.tokenizer(), 12, LENGTH).ids)
     weight = tensors_of(small.llama())["lm_head.weight"]
     want = gptq(weight, hessian.matrix(), 3, (1, GROUP), offset_dtype=torch.bfloat16)
     assert (loaded.lm_head.unpacked_codes() == want.codes).float().mean() > 0.98
@@ -709,17 +673,49 @@ def test_everything_wrong_is_said_at_once(options, text, tmp_path):
     ):
         assert part in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
-    texts = dataclasses.replace(
-        options, algorithm="gptq", calibration=(text,), sequences=1000, eval_text=tmp_path / "absent.txt"
-    )
+    (tmp_path / "short.txt").write_text("so it goes")
+    texts = with_gptq(options, tmp_path / "short.txt", eval_text=tmp_path / "absent.txt")
+    before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ConfigError) as caught:
         quantize_model(str(small.llama()), tmp_path / "q", texts)
     for part in (
-        "tokens, which is too short: 1,000 sequences of 24 tokens take 24,000",
+        "short.txt has 12 tokens, which is too short: one sequence takes 24",
         "absent.txt cannot be read",
     ):
         assert part in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_less_text_than_was_asked_for_is_noted(options, text, tmp_path):
+    (tmp_path / "short.txt").write_text("a little text\n" * 6)
+    chosen = with_gptq(options, tmp_path / "short.txt")
+    report = quantize_model(str(small.llama()), tmp_path / "q", chosen)
+    assert report.calibration_tokens == 3 * LENGTH
+    assert report.notes == [
+        "calibrated on 3 sequences of 24 tokens, all that the text holds; 12 were asked for"
+    ]
+    assert (
+        quantize_model(str(small.llama()), tmp_path / "p", with_gptq(options, text), dry_run=True).notes == []
+    )
+
+
+def test_a_data_set_calibrates_too(options, tmp_path):
+    """A folder stands for a data set on the hub, which `datasets` reads alike."""
+    (tmp_path / "set").mkdir()
+    small.write_jsonl(tmp_path / "set" / "train.jsonl", [{"text": f"a little text {n}"} for n in range(50)])
+    name = f"hub:{tmp_path / 'set'}"
+    report = quantize_model(str(small.llama()), tmp_path / "q", with_gptq(options, name))
+    assert report.calibration == name
+    assert report.options["calibration"] == [name]
+    assert report.calibration_tokens == 12 * LENGTH
+
+
+def test_a_tokenizer_of_another_model_is_refused(options, text, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(small.llama(), folder)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(folder, vocab_size=64)).save_pretrained(folder)
+    with pytest.raises(ConfigError, match="the model knows 64: they do not belong together"):
+        quantize_model(str(folder), tmp_path / "q", with_gptq(options, text))
 
 
 def test_what_is_quantized_already_is_refused(options, tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import shutil
 from typing import Any
 
@@ -13,10 +12,20 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tests import small_checkpoints as small
+from tests.compress.folder_cases import (
+    LENGTH,
+    Stop,
+    files_of,
+    perplexity,
+    saved,
+    stop_at,
+    tensors_of,
+    write_text,
+)
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import modicum
-from modicum.compress.calibration import calibration_sequences, evaluation_sequences
+from modicum.compress.calibration import calibration_sequences
 from modicum.compress.quantize import quantize_model
 from modicum.compress.quantize_report import QuantizeOptions
 from modicum.compress.source import Source
@@ -27,15 +36,10 @@ from modicum.errors import ConfigError
 from modicum.models.architecture import linear_shape
 from modicum.ops.sparsity import count
 
-LENGTH = 24
-
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    words = ["the cat sat", "on 12 mats", "and (some) dogs", "ran; far away", "to Rome!"]
-    file.write_text("\n".join(words[n * n % 5] + words[n % 3] for n in range(90)), encoding="utf-8")
-    return file
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 @pytest.fixture(scope="module")
@@ -49,35 +53,6 @@ def options(text):
 def plain(options):
     """Options that need no text."""
     return dataclasses.replace(options, algorithm="magnitude", calibration=(), evaluate=False, eval_text=None)
-
-
-def perplexity(folder, text):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = evaluation_sequences(text, AutoTokenizer.from_pretrained(folder), 10, LENGTH).ids
-    with torch.no_grad():
-        return math.exp(sum(float(model(input_ids=row, labels=row).loss) for row in ids.split(1)) / len(ids))
-
-
-def saved(model, folder):
-    model.save_pretrained(folder)
-    small.tokenizer().save_pretrained(folder)
-    return folder
-
-
-def tensors_of(folder):
-    return {
-        key: value for file in sorted(folder.glob("*.safetensors")) for key, value in load_file(file).items()
-    }
-
-
-def files_of(folder):
-    """Content of all files, without what depends on the clock."""
-    found = {file.name: file.read_bytes() for file in folder.iterdir()}
-    report = json.loads(found.pop("sparsity_report.json"))
-    report["seconds"] = report["output"] = None
-    for layer in report["layers"]:
-        layer["seconds"] = None
-    return found, report
 
 
 def decoder(name, **more):
@@ -305,18 +280,6 @@ def test_types_shards_and_tied_embeddings_stay(options, text, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "s", dtype="auto")
     assert loaded.dtype == torch.bfloat16
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-
-
-class Stop(Exception):  # noqa: N818 - not an error
-    pass
-
-
-def stop_at(step):
-    def progress(done, _total, _name):
-        if done == step:
-            raise Stop
-
-    return progress
 
 
 @pytest.mark.parametrize("step", [1, 2])

@@ -1,18 +1,24 @@
 """Quantize a model to 2, 3, 4 or 8 bits, layer by layer, and say what it costs."""
 
-import contextlib
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from modicum.cli._common import Advance, JsonFlag, emit, progress
+from modicum.cli._common import (
+    JsonFlag,
+    ModelArgument,
+    OutputOption,
+    OverwriteFlag,
+    SequenceLength,
+    emit,
+    layer_progress,
+)
 from modicum.cli._shown import quantization
 
 
 def run(  # long: one line or three for each option
-    model: Annotated[str, typer.Argument(help="A model folder, a hub name, or 'embedded'.")],
-    output: Annotated[Path, typer.Option(help="The folder to write.")],
+    model: ModelArgument,
+    output: OutputOption,
     bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
     group_size: Annotated[int, typer.Option(help="Inputs of a row that share a scale.")] = 128,
     block: Annotated[
@@ -29,12 +35,13 @@ def run(  # long: one line or three for each option
         bool, typer.Option("--act-order", help="gptq: columns with large inputs first.")
     ] = False,
     calibration: Annotated[
-        list[Path] | None, typer.Option(help="gptq: text files to calibrate on; bundled text without.")
+        list[str] | None,
+        typer.Option(help="gptq: text files, or hub:NAME, hub:NAME:CONFIG; bundled text without."),
     ] = None,
-    sequences: Annotated[int, typer.Option(help="gptq: sequences to calibrate on.")] = 128,
-    sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
+    sequences: Annotated[int, typer.Option(help="gptq: sequences to calibrate on, at most.")] = 128,
+    sequence_length: SequenceLength = 512,
     eval_text: Annotated[
-        Path | None, typer.Option(help="Measure perplexity on this text file; bundled text without.")
+        str | None, typer.Option(help="Measure perplexity on this file or hub:NAME; bundled text without.")
     ] = None,
     eval_sequences: Annotated[int, typer.Option(help="Measure on so many sequences at most, 0: all.")] = 64,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not measure perplexity.")] = False,
@@ -58,7 +65,7 @@ def run(  # long: one line or three for each option
         list[str] | None, typer.Option(help="Layers that stay as they are: name endings, a regex.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+    overwrite: OverwriteFlag = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan only, write nothing.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -91,21 +98,8 @@ def run(  # long: one line or three for each option
         eval_text=eval_text,
         eval_sequences=eval_sequences,
     )
-    with contextlib.ExitStack() as stack:
-        bar: list[Advance] = []
-
-        def advance(done: int, total: int, name: str) -> None:
-            # how many layers there are is known when the first is due
-            bar[:] = bar or [stack.enter_context(progress("quantize", total))]
-            bar[0](1 if name else done, name)
-
+    with layer_progress("quantize") as advance:
         report = quantize_model(
-            model,
-            output,
-            options,
-            resume=resume,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            progress=advance,
+            model, output, options, resume=resume, overwrite=overwrite, dry_run=dry_run, progress=advance
         )
     emit(report, as_json, quantization)

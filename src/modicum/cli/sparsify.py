@@ -1,17 +1,25 @@
 """Zero the weights of a model that matter least, layer by layer, and say what it costs."""
 
-import contextlib
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from modicum.cli._common import Advance, JsonFlag, emit, progress, table
+from modicum.cli._common import (
+    JsonFlag,
+    ModelArgument,
+    OutputOption,
+    OverwriteFlag,
+    SequenceLength,
+    emit,
+    layer_progress,
+    table,
+)
+from modicum.cli._shown import outcome
 
 
 def run(  # long: one line or three for each option
-    model: Annotated[str, typer.Argument(help="A model folder, a hub name, or 'embedded'.")],
-    output: Annotated[Path, typer.Option(help="The folder to write.")],
+    model: ModelArgument,
+    output: OutputOption,
     sparsity: Annotated[
         float | None, typer.Option(help="Share of zeros in each layer; 0.5 unless a pattern says it.")
     ] = None,
@@ -36,14 +44,14 @@ def run(  # long: one line or three for each option
         typer.Option(help="wanda: text files, or hub:NAME, hub:NAME:CONFIG; bundled text without."),
     ] = None,
     sequences: Annotated[int, typer.Option(help="wanda: sequences to calibrate on, at most.")] = 128,
-    sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
+    sequence_length: SequenceLength = 512,
     eval_text: Annotated[
         str | None, typer.Option(help="Measure perplexity on this file or hub:NAME; bundled text without.")
     ] = None,
     eval_sequences: Annotated[int, typer.Option(help="Measure on so many sequences at most, 0: all.")] = 64,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not measure perplexity.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+    overwrite: OverwriteFlag = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan only, write nothing.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -68,22 +76,9 @@ def run(  # long: one line or three for each option
         eval_text=eval_text,
         eval_sequences=eval_sequences,
     )
-    with contextlib.ExitStack() as stack:
-        bar: list[Advance] = []
-
-        def advance(done: int, total: int, name: str) -> None:
-            # how many layers there are is known when the first is due
-            bar[:] = bar or [stack.enter_context(progress("sparsify", total))]
-            bar[0](1 if name else done, name)
-
+    with layer_progress("sparsify") as advance:
         report = sparsify_model(
-            model,
-            output,
-            options,
-            resume=resume,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            progress=advance,
+            model, output, options, resume=resume, overwrite=overwrite, dry_run=dry_run, progress=advance
         )
     emit(report, as_json, _show)
 
@@ -95,18 +90,10 @@ def _show(report: Any) -> Any:
         for layer in report.layers
     ]
     columns = ["layer", "shape", "sparsity", "weight error", "output error"]
-    before, after = report.perplexity_before, report.perplexity_after
     rows = [
         ["sparsity", f"{report.sparsity:.4f}"],
         ["weights", f"{report.weights:,} in {len(layers)} layers ({report.kept_weights:,} others stay)"],
-        *(
-            [["perplexity", f"{before:.3f} -> {after:.3f} on {report.evaluation}"]]
-            if before and after
-            else []
-        ),
-        *([["calibrated on", f"{report.calibration}"]] if report.calibration else []),
         *([] if report.dry_run else [["seconds", f"{report.seconds:.1f}"]]),
-        *[["note", note] for note in report.notes],
-        ["output", report.output + (" (nothing written)" if report.dry_run else "")],
+        *outcome(report),
     ]
     return [table("sparsify", ["", "what"], rows), table("layers", columns, layers)]

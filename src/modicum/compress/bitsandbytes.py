@@ -18,14 +18,9 @@ from safetensors import safe_open
 from torch.nn import functional as F
 
 from modicum._version import __version__
+from modicum.compress.layerwise import perplexity
 from modicum.compress.quantize_plan import Plan
-from modicum.compress.quantize_report import (
-    LayerReport,
-    QuantizationReport,
-    QuantizeOptions,
-    bits_of,
-    perplexity,
-)
+from modicum.compress.quantize_report import LayerReport, QuantizationReport, QuantizeOptions, bits_of
 from modicum.compress.writing import REPORT
 from modicum.errors import ConfigError
 from modicum.models.loading import quiet_transformers
@@ -79,7 +74,6 @@ def quantize_with_bitsandbytes(
     sizes = {key: (t.numel(), t.nbytes) for key in source.files for t in [source.tensor(key)]}
     replaced = {linear.key for linear in plan.linears}
     before = sum(size for _, size in sizes.values())
-    evaluation = plan.texts.evaluation
     report = QuantizationReport(
         model=model,
         output=str(work.output),
@@ -90,9 +84,9 @@ def quantize_with_bitsandbytes(
         bytes_before=before,
         bytes_after=before - sum(sizes[k][1] for k in replaced) + sum(layer.bytes for layer in layers),
         layers=layers,
-        evaluation=None if evaluation is None else evaluation.source,
         seconds=round(time.monotonic() - started, 3),
         modicum_version=__version__,
+        **plan.texts.reported(),
         **measured,
     )
     if not dry_run:

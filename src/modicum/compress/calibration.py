@@ -7,7 +7,6 @@ where the name may also be a folder. A data set's column `text` is read, all its
 from __future__ import annotations
 
 import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,29 +44,11 @@ class Sequences:
     available: int
 
 
-def text_sequences(files: Sequence[Path], tokenizer: Any, count: int, length: int) -> Sequences:
-    """`count` sequences of `length` tokens, evenly spread over the text of `files`.
-
-    A file is one text; its tokens begin and end with the tokenizer's marks and texts follow each other. At most
-    32 MiB of a file are read.
-
-    Raises:
-        DataError: files are missing, unreadable or empty (all of them), or hold too few tokens.
-    """
-    ids = _ids(files, "train", tokenizer, count * length)
-    there = len(ids) // length
-    names = listing([str(file) for file in files])
-    if there < count:
-        raise DataError(
-            f"{names} {'holds' if len(files) == 1 else 'hold'} {len(ids):,} tokens, which is too short: "
-            f"{count:,} sequences of {length:,} tokens take {count * length:,}. Give more text, or take at most "
-            f"{there} sequences, or shorter ones"
-        )
-    return Sequences(_spread(ids, there, count, length), names, len(ids))
-
-
 def calibration_sequences(files: Sequence[Path | str], tokenizer: Any, most: int, length: int) -> Sequences:
     """Up to `most` sequences of `length` tokens of `files`, or of the bundled task's train split without any.
+
+    They are evenly spread over the text. A file is one text; its tokens begin and end with the tokenizer's marks and
+    texts follow each other. At most 32 MiB of a file are read.
 
     Raises:
         DataError: files are missing, unreadable or empty (all of them), or too short for one sequence.
@@ -98,9 +79,7 @@ def bundled_sequences(split: str, tokenizer: Any, most: int, length: int) -> Seq
     Raises:
         DataError: the tokenizer makes fewer than `length` tokens of it.
     """
-    lines = bundled.path(_BUNDLED, split).read_text(encoding="utf-8").splitlines()
-    texts = ("".join(json.loads(line).values()) for line in lines)
-    ids = [token for text in texts for token in _tokens(text, tokenizer)]
+    ids = [token for text in bundled.texts(_BUNDLED, split) for token in _tokens(text, tokenizer)]
     return _up_to(ids, f"bundled task {_BUNDLED!r}, {split} split", most, length)
 
 

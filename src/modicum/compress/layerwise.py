@@ -1,20 +1,22 @@
-"""What algorithms have in common that go through a model layer by layer: units, texts, streams, inputs, errors.
+"""What quantizing and sparsifying have in common: units, texts, streams, inputs, errors, layer after layer.
 
 Text runs in streams of hidden states: `calibration` through the layers as they are changed, so that each is fitted to
-the inputs it will meet; the evaluation text through the `original` layers and through the `changed` ones.
+the inputs it will meet; the evaluation text through the `original` layers and through the `changed` ones. Without
+text, the matrices are changed one by one. Either way each unit is kept as soon as it is finished (`work.Work`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from modicum.compress.calibration import Sequences, calibration_sequences, evaluation_sequences
+from modicum.compress.streaming import watching
 from modicum.errors import ModicumError
 from modicum.models.loading import load_tokenizer
 
@@ -25,6 +27,19 @@ if TYPE_CHECKING:
     from modicum.compress.source import Linear, Source
     from modicum.compress.streaming import Stack
     from modicum.compress.work import Work
+
+    class LayerReport(Protocol):
+        """The report of one layer, a dataclass."""
+
+        __dataclass_fields__: ClassVar[dict[str, Any]]
+
+        @property
+        def name(self) -> str: ...  # noqa: D102
+
+    #: what is stored of a layer, and its report
+    Changed = tuple[Mapping[str, Tensor], LayerReport]
+    #: steps done, of how many, and the name of the last
+    Progress = Callable[[int, int, str], None]
 
     class TextOptions(Protocol):
         """The options that say which text is run."""
@@ -44,6 +59,17 @@ if TYPE_CHECKING:
 #: tokens that output errors are measured on
 MEASURED = 2048
 _STREAMS = "streams"
+
+
+class Accumulator(Protocol):
+    """What sums up the inputs of a layer."""
+
+    def add(self, x: Tensor) -> None:
+        """Take in the inputs x (…, in)."""
+        ...
+
+
+A = TypeVar("A", bound=Accumulator)
 
 
 @dataclass(frozen=True)
@@ -72,6 +98,32 @@ class Texts:
         if "original" in streams:
             streams["changed"] = streams["original"].clone()
         return streams
+
+    def notes(self, options: TextOptions) -> list[str]:
+        """What is to be said of the calibration text."""
+        if self.calibration is None:
+            return []
+        notes = []
+        if not options.calibration:
+            notes.append(
+                "calibrated on the text that modicum bundles; text like the model's future input (--calibration) is "
+                "better"
+            )
+        if len(self.calibration.ids) < options.sequences:
+            notes.append(
+                f"calibrated on {len(self.calibration.ids)} sequences of {options.sequence_length} tokens, all that "
+                f"the text holds; {options.sequences} were asked for"
+            )
+        return notes
+
+    def reported(self) -> dict[str, Any]:
+        """What a report says of the texts."""
+        calibration, evaluation = self.calibration, self.evaluation
+        return {
+            "calibration": None if calibration is None else calibration.source,
+            "calibration_tokens": 0 if calibration is None else calibration.ids.numel(),
+            "evaluation": None if evaluation is None else evaluation.source,
+        }
 
 
 def units_of(linears: list[Linear], stack: list[str]) -> list[Unit]:
@@ -137,12 +189,12 @@ def go_through(
     texts: Texts,
     units: Sequence[Unit],
     work: Work,
-    change: Callable[[int, nn.Module, dict[str, Tensor]], None],
-    progress: Callable[[int, int, str], None],
+    change: Callable[[int, dict[str, Tensor]], None],
+    progress: Progress,
 ) -> dict[str, Tensor]:
-    """The streams behind the last layer. `change(index, layer, streams)` leads them through one and keeps its unit.
+    """The streams behind the last unit. `change(index, streams)` keeps a unit and leads the streams through its layer.
 
-    Layers that the work folder holds already are passed over.
+    Units that the work folder holds already are passed over.
     """
     following = work.about(_STREAMS)
     if following is None:
@@ -153,21 +205,76 @@ def go_through(
         texts.enter(stack, 1)
     progress(following, len(units), "")
     for index in range(following, len(units)):
-        with stack.layer(index) as layer:
-            change(index, layer, streams)
+        change(index, streams)
         work.save(_STREAMS, streams, index + 1)
         progress(index + 1, len(units), units[index].label)
     return streams
 
 
-def perplexities(stack: Stack, texts: Texts, streams: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Perplexity before and after on the evaluation text, and its tokens; empty without one."""
+def change_layer(
+    stack: Stack,
+    index: int,
+    unit: Unit,
+    streams: dict[str, Tensor],
+    make: Callable[[int, torch.device], A],
+    change: Callable[[Linear, A | None, nn.Module], Changed],
+    work: Work,
+) -> None:
+    """Change one layer of the model in place, lead all streams through it, and keep it as `unit`.
+
+    `change(linear, inputs, module)` gives `module` its new weight. `inputs` is what `make(in_features, device)` made
+    and the calibration text filled, before any module of the layer is changed; None where no text came.
+    """
+    inside = {linear.name.removeprefix(f"{stack.names[index]}."): linear for linear in unit.linears}
+    with stack.layer(index) as layer:
+        if "original" in streams:
+            stack.advance(index, streams["original"])
+        inputs = PerInput(make)
+        if "calibration" in streams:
+            with watching(layer, list(inside), inputs.see):
+                stack.advance(index, streams["calibration"], keep=False)
+        done = {
+            linear: change(linear, inputs.take(name), layer.get_submodule(name))
+            for name, linear in inside.items()
+        }
+        errors = OutputErrors(stack.source, layer, inside)
+        for number, name in enumerate(stream for stream in ("changed", "calibration") if stream in streams):
+            with watching(layer, list(inside) if number == 0 else [], errors.see):
+                stack.advance(index, streams[name])
+    keep(work, unit, done, errors.relative())
+
+
+def one_by_one(
+    units: Sequence[Unit], work: Work, change: Callable[[Linear, None], Changed], progress: Progress
+) -> None:
+    """Change the matrices of units that the work folder does not hold with `change(linear, None)`, and keep them."""
+    progress(0, len(units), "")
+    for index, unit in enumerate(units):
+        if work.about(unit.name) is None:
+            keep(work, unit, {linear: change(linear, None) for linear in unit.linears}, {})
+        progress(index + 1, len(units), unit.label)
+
+
+def keep(work: Work, unit: Unit, done: Mapping[Linear, Changed], errors: Mapping[str, float]) -> None:
+    """Put a finished unit into the work folder: tensors, and reports with the output errors of their layers."""
+    tensors = {key: tensor for stored, _ in done.values() for key, tensor in stored.items()}
+    abouts = [{**asdict(report), "output_error": errors.get(report.name)} for _, report in done.values()]
+    work.save(unit.name, tensors, abouts)
+
+
+def perplexities(
+    stack: Stack, texts: Texts, streams: Mapping[str, Tensor], head: Tensor | None = None
+) -> dict[str, Any]:
+    """Perplexity before and after on the evaluation text, and its tokens; empty without one.
+
+    `head` is the weight of the output head after, where it is another than before.
+    """
     if texts.evaluation is None:
         return {}
     ids = texts.evaluation.ids
     return {
         "perplexity_before": perplexity(stack.loss(ids, streams["original"])),
-        "perplexity_after": perplexity(stack.loss(ids, streams["changed"])),
+        "perplexity_after": perplexity(stack.loss(ids, streams["changed"], head)),
         "evaluation_tokens": ids.shape[0] * (ids.shape[1] - 1),
     }
 
@@ -175,17 +282,6 @@ def perplexities(stack: Stack, texts: Texts, streams: Mapping[str, Tensor]) -> d
 def perplexity(loss: float) -> float | None:
     """The perplexity of a mean negative log-likelihood, None where it is no finite number."""
     return math.exp(loss) if loss < 700 else None
-
-
-class Accumulator(Protocol):
-    """What sums up the inputs of a layer."""
-
-    def add(self, x: Tensor) -> None:
-        """Take in the inputs x (…, in)."""
-        ...
-
-
-A = TypeVar("A", bound=Accumulator)
 
 
 class PerInput(Generic[A]):

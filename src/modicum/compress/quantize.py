@@ -1,16 +1,13 @@
 """From a checkpoint folder to a quantized one, with one decoder layer in memory at a time.
 
-Causal language models are streamed (`streaming.Stack`): the calibration sequences pass through the layers that
-are quantized already, so that each layer is fitted to the inputs it will meet; the evaluation text runs in two
-streams, one through the original layers and one through the quantized ones. The output head, where it is asked
-for, is fitted to what comes out behind the last layer. Other models, and runs that need no
-text, go matrix by matrix. Finished layers are kept beside the output (`work.Work`), from where a run resumes.
+Causal language models are streamed (`layerwise.go_through`): the calibration sequences pass through the layers that
+are quantized already, so that each layer is fitted to the inputs it will meet. The output head, where it is asked
+for, is fitted to what comes out behind the last layer. Other models, and runs that need no text, go matrix by
+matrix. Finished layers are kept beside the output (`work.Work`), from where a run resumes.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -21,14 +18,24 @@ from torch import Tensor, nn
 
 from modicum._version import __version__
 from modicum.compress.bitsandbytes import faults_of, quantize_with_bitsandbytes
-from modicum.compress.quantize_plan import Plan, Texts, Unit
+from modicum.compress.layerwise import (
+    MEASURED,
+    OutputErrors,
+    PerInput,
+    change_layer,
+    go_through,
+    identity,
+    keep,
+    one_by_one,
+    perplexities,
+)
+from modicum.compress.quantize_plan import Plan
 from modicum.compress.quantize_report import (
     FOREIGN,
     LayerReport,
     QuantizationReport,
     QuantizeOptions,
     bits_of,
-    perplexity,
 )
 from modicum.compress.rounding import Rounded, rounded
 from modicum.compress.source import Linear, Source
@@ -43,9 +50,7 @@ from modicum.quant.huggingface import AffineConfig
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-#: tokens that output errors are measured on
-_MEASURED = 2048
-_STREAMS = "streams"
+    from modicum.compress.layerwise import Unit
 
 
 def quantize_model(
@@ -96,7 +101,7 @@ def quantize_model(
             raise ConfigError(f"cannot quantize {model}: {'; '.join(faults)}")
         if dry_run:
             return _report(model, output, plan, plan.layers(), source, dry_run=True)
-        work.begin(_identity(source, plan), resume=resume)
+        work.begin(identity(source, options.as_json(), plan.texts), resume=resume)
         job = _Job(source, plan, work, progress or (lambda *_: None))
         measured = job.run()
         layers = [layer for unit in plan.units for layer in job.reports(unit)]
@@ -120,86 +125,45 @@ class _Job:
 
     def run(self) -> dict[str, Any]:
         """Quantize what is not finished yet; what was measured on the evaluation text."""
-        if self.plan.streamed:
-            return self._stream()
-        self.progress(0, len(self.plan.units), "")
-        for index, unit in enumerate(self.plan.units):
-            if self.work.about(unit.name) is None:
-                self._keep(unit.name, {linear: self._quantized(linear, None) for linear in unit.linears}, {})
-            self.progress(index + 1, len(self.plan.units), unit.label)
-        return {}
+        plan = self.plan
+        if not plan.streamed:
+            one_by_one(plan.units, self.work, self._quantized, self.progress)
+            return {}
+        stack = Stack(self.source)
+
+        def change(index: int, streams: dict[str, Tensor]) -> None:
+            unit = plan.units[index]
+            if index < len(stack.names):
+                change_layer(stack, index, unit, streams, Hessian, self._quantized, self.work)
+            else:
+                self._head(unit, stack, streams)
+
+        streams = go_through(stack, plan.texts, plan.units, self.work, change, self.progress)
+        head = len(plan.units) > len(stack.names) and plan.texts.evaluation is not None
+        return perplexities(stack, plan.texts, streams, self._stored_weight(plan.units[-1]) if head else None)
 
     def reports(self, unit: Unit) -> list[LayerReport]:
         """The reports of a finished unit."""
         return [LayerReport.read(about) for about in self.work.about(unit.name)]
 
-    def _stream(self) -> dict[str, Any]:
-        stack, texts = Stack(self.source), self.plan.texts
-        following = self.work.about(_STREAMS)
-        if following is None:
-            streams, following = _entered(stack, texts), 0
-        else:
-            streams = {name: tensor.clone() for name, tensor in self.work.tensors(_STREAMS).items()}
-            # one sequence more, for what the model gives its layers beside the hidden states
-            _entered(stack, texts, 1)
-        total = len(self.plan.units)
-        self.progress(following, total, "")
-        for index in range(following, total):
-            unit = self.plan.units[index]
-            if index < len(stack.names):
-                with stack.layer(index) as layer:
-                    self._layer(index, layer, stack, streams)
-            else:
-                self._head(unit, stack, streams)
-            self.work.save(_STREAMS, streams, index + 1)
-            self.progress(index + 1, total, unit.label)
-        if texts.evaluation is None:
-            return {}
-        ids = texts.evaluation.ids
-        head = self._stored_weight(self.plan.units[-1]) if total > len(stack.names) else None
-        return {
-            "perplexity_before": perplexity(stack.loss(ids, streams["original"])),
-            "perplexity_after": perplexity(stack.loss(ids, streams["quantized"], head)),
-            "evaluation_tokens": ids.shape[0] * (ids.shape[1] - 1),
-        }
-
-    def _layer(self, index: int, layer: nn.Module, stack: Stack, streams: dict[str, Tensor]) -> None:
-        """Quantize one decoder layer in place and lead all streams through it."""
-        unit, prefix = self.plan.units[index], f"{stack.names[index]}."
-        inside = {linear.name.removeprefix(prefix): linear for linear in unit.linears}
-        if "original" in streams:
-            stack.advance(index, streams["original"])
-        hessians = _Hessians()
-        if self.options.algorithm == "gptq":
-            with watching(layer, list(inside), hessians.see):
-                stack.advance(index, streams["calibration"], keep=False)
-        done: dict[Linear, tuple[dict[str, Tensor], LayerReport]] = {}
-        for name, linear in inside.items():
-            done[linear] = self._quantized(linear, hessians.take(name), layer.get_submodule(name))
-        errors = _OutputErrors(self.source, layer, inside)
-        for number, name in enumerate(stream for stream in ("quantized", "calibration") if stream in streams):
-            with watching(layer, list(inside) if number == 0 else [], errors.see):
-                stack.advance(index, streams[name])
-        self._keep(unit.name, done, errors.relative())
-
     def _head(self, unit: Unit, stack: Stack, streams: dict[str, Tensor]) -> None:
         """Quantize the output head; its inputs are what the final norm makes of the finished hidden states."""
         (linear,), texts = unit.linears, self.plan.texts
-        hessians, module = _Hessians(), stack.model.get_submodule(linear.name)
+        hessians, module = PerInput(Hessian), stack.model.get_submodule(linear.name)
         if texts.calibration is not None:
             with watching(stack.model, [linear.name], hessians.see):
                 stack.loss(texts.calibration.ids, streams["calibration"])
         done = {linear: self._quantized(linear, hessians.take(linear.name), module)}
-        errors = _OutputErrors(self.source, stack.model, {linear.name: linear})
+        errors = OutputErrors(self.source, stack.model, {linear.name: linear})
         text, hidden = (
             texts.evaluation or texts.calibration,
-            streams.get("quantized", streams.get("calibration")),
+            streams.get("changed", streams.get("calibration")),
         )
         if text is not None and hidden is not None:
-            few = -(-_MEASURED // text.ids.shape[1])
+            few = -(-MEASURED // text.ids.shape[1])
             with watching(stack.model, [linear.name], errors.see):
                 stack.loss(text.ids[:few], hidden, module.weight)
-        self._keep(unit.name, done, errors.relative())
+        keep(self.work, unit, done, errors.relative())
 
     def _stored_weight(self, unit: Unit) -> Tensor:
         """The weight that the only layer of a finished unit has."""
@@ -209,12 +173,12 @@ class _Job:
         return decode(codes, grid, spec.bits, spec.block)
 
     def _quantized(
-        self, linear: Linear, hessian: Tensor | None, module: nn.Module | None = None
+        self, linear: Linear, inputs: Hessian | None, module: nn.Module | None = None
     ) -> tuple[dict[str, Tensor], LayerReport]:
         """What is stored of a layer, and its report; `module` gets the quantized weight."""
         started, spec, weight = time.monotonic(), self.options.spec, self.source.weight(linear).float()
         try:
-            found = rounded(weight, hessian, self.options)
+            found = rounded(weight, None if inputs is None else inputs.matrix(), self.options)
         except ConfigError as error:
             raise ConfigError(f"{linear.name}: {error}") from error
         value = decode(found.codes, found.grid, spec.bits, spec.block)
@@ -234,79 +198,6 @@ class _Job:
         }
         return _stored(linear, spec.bits, found), LayerReport.read(about)
 
-    def _keep(
-        self,
-        name: str,
-        done: dict[Linear, tuple[dict[str, Tensor], LayerReport]],
-        errors: dict[str, float],
-    ) -> None:
-        tensors = {key: tensor for stored, _ in done.values() for key, tensor in stored.items()}
-        abouts = [{**asdict(report), "output_error": errors.get(report.name)} for _, report in done.values()]
-        self.work.save(name, tensors, abouts)
-
-
-class _Hessians:
-    """One Hessian for each input of a layer; modules that are given the same tensor share it."""
-
-    def __init__(self) -> None:
-        self._of: dict[str, Hessian] = {}
-        self._owner: dict[str, str] = {}
-        self._last: tuple[str, Tensor] | None = None
-
-    def see(self, name: str, x: Tensor) -> None:
-        """Take in an input of the module `name`."""
-        if name not in self._owner:
-            shared = self._last is not None and self._last[1] is x
-            self._owner[name] = self._last[0] if shared and self._last else name
-            if not shared:
-                self._of[name] = Hessian(x.shape[-1], x.device)
-        if self._owner[name] == name:
-            self._of[name].add(x)
-            self._last = name, x
-
-    def take(self, name: str) -> Tensor | None:
-        """The Hessian of the module `name`, None if it never ran."""
-        owner = self._owner.get(name)
-        return None if owner is None else self._of[owner].matrix()
-
-
-class _OutputErrors:
-    """‖(W − Ŵ) X‖ and ‖W X‖ of the quantized modules of a layer, summed over the first inputs they meet."""
-
-    def __init__(self, source: Source, layer: nn.Module, linears: dict[str, Linear]) -> None:
-        self._source, self._layer, self._linears = source, layer, linears
-        self._rows = dict.fromkeys(linears, 0)
-        self._sums = {name: [0.0, 0.0] for name in linears}
-
-    def see(self, name: str, x: Tensor) -> None:
-        """Take in an input of the module `name`."""
-        if self._rows[name] >= _MEASURED:
-            return
-        x = x.reshape(-1, x.shape[-1])
-        self._rows[name] += x.shape[0]
-        weight = self._source.weight(self._linears[name]).float()
-        quantized: Any = self._layer.get_submodule(name).weight
-        for place, matrix in enumerate((weight - quantized, weight)):
-            self._sums[name][place] += float((x @ matrix.T).square().sum(dtype=torch.float64))
-
-    def relative(self) -> dict[str, float]:
-        """The relative error of each layer that saw an input, by its name in the model."""
-        return {
-            self._linears[name].name: math.sqrt(error / whole)
-            for name, (error, whole) in self._sums.items()
-            if whole > 0 and math.isfinite(error / whole)
-        }
-
-
-def _entered(stack: Stack, texts: Texts, most: int | None = None) -> dict[str, Tensor]:
-    """The hidden states of all streams in front of the first layer."""
-    wanted = {"calibration": texts.calibration, "original": texts.evaluation}
-    ids = {name: sequences.ids[:most] for name, sequences in wanted.items() if sequences is not None}
-    streams = dict(zip(ids, stack.enter(*ids.values()), strict=True))
-    if "original" in streams:
-        streams["quantized"] = streams["original"].clone()
-    return streams
-
 
 def _stored(linear: Linear, bits: int, found: Rounded) -> dict[str, Tensor]:
     tensors = {
@@ -316,19 +207,6 @@ def _stored(linear: Linear, bits: int, found: Rounded) -> dict[str, Tensor]:
         "residuals": found.residuals,
     }
     return {f"{linear.stored}.{name}": tensor for name, tensor in tensors.items() if tensor is not None}
-
-
-def _identity(source: Source, plan: Plan) -> dict[str, Any]:
-    """What has to be the same for a run to resume."""
-    digests = {
-        name: None if found is None else hashlib.sha256(found.ids.numpy().tobytes()).hexdigest()
-        for name, found in (
-            ("calibration tokens", plan.texts.calibration),
-            ("evaluation tokens", plan.texts.evaluation),
-        )
-    }
-    files = {file.name: file.stat().st_size for file in sorted(set(source.files.values()))}
-    return {**plan.options.as_json(), **digests, "weight files": files, "model config": source.raw}
 
 
 def _config(plan: Plan) -> dict[str, Any]:
@@ -356,7 +234,6 @@ def _report(
     sizes = {key: (tensor.numel(), tensor.nbytes) for key in source.files for tensor in [source.tensor(key)]}
     replaced = [linear.key for linear in plan.linears]
     before = sum(size for _, size in sizes.values())
-    calibration, evaluation = plan.texts.calibration, plan.texts.evaluation
     return QuantizationReport(
         model=model,
         output=str(output),
@@ -369,10 +246,8 @@ def _report(
         layers=layers,
         zeros=sum(layer.zeros for layer in layers),
         zeros_kept=sum(layer.zeros_kept for layer in layers),
-        calibration=None if calibration is None else calibration.source,
-        calibration_tokens=0 if calibration is None else calibration.ids.numel(),
-        evaluation=None if evaluation is None else evaluation.source,
         notes=plan.notes,
         modicum_version=__version__,
+        **plan.texts.reported(),
         **measured,
     )

@@ -9,43 +9,16 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from modicum.compress.calibration import (
-    Sequences,
-    bundled_sequences,
-    evaluation_sequences,
-    text_sequences,
-)
+from modicum.compress.layerwise import Texts, Unit, read_texts, units_of
 from modicum.compress.quantize_report import LayerReport, QuantizeOptions
 from modicum.compress.streaming import head_name, layer_names
 from modicum.errors import ModicumError, TargetError, listing
 from modicum.models.architecture import linear_shapes, parse_targets
 from modicum.models.checkpoint import layer_shapes
-from modicum.models.loading import load_tokenizer
 from modicum.quant.spec import divisors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from modicum.compress.source import Linear, Source
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Layers that are finished, and kept, together."""
-
-    #: name of its file
-    name: str
-    #: shown in progress
-    label: str
-    linears: list[Linear]
-
-
-@dataclass
-class Texts:
-    """The token sequences of a run."""
-
-    calibration: Sequences | None = None
-    evaluation: Sequences | None = None
 
 
 @dataclass
@@ -75,9 +48,12 @@ class Plan:
             faults.append(str(error))
         stack = layer_names(source.model)
         streamed = bool(stack) and (options.evaluate or options.algorithm == "gptq")
-        plan = cls(
-            options, linears, _units(linears, stack if streamed else []), dense, streamed, faults=faults
-        )
+        units = units_of(linears, stack if streamed else [])
+        if streamed:
+            # the output head, where it was asked for, comes behind the layers
+            inside = {linear.name for unit in units for linear in unit.linears}
+            units += [Unit("head", linear.name, [linear]) for linear in linears if linear.name not in inside]
+        plan = cls(options, linears, units, dense, streamed, faults=faults)
         plan.faults += _faults_of_shapes(linears, options, head_name(source.model))
         if not stack:
             kind = type(source.model).__name__
@@ -91,7 +67,9 @@ class Plan:
             elif options.evaluate:
                 plan.notes.append("no perplexity: the model is no causal language model")
         if streamed:
-            plan._read_texts(source)
+            gptq = options.algorithm == "gptq"
+            plan.texts = read_texts(source, options, faults, calibrate=gptq, evaluate=options.evaluate)
+        plan.notes += plan.texts.notes(options)
         return plan
 
     def layers(self) -> list[LayerReport]:
@@ -102,44 +80,6 @@ class Plan:
         """The layers whose weights are not finite; reads all weights."""
         wrong = source.not_finite(self.linears)
         return [f"NaN or infinite weights in {listing(wrong)}"] if wrong else []
-
-    def _read_texts(self, source: Source) -> None:
-        """Tokenize the texts; what is wrong with them joins the faults."""
-        options = self.options
-        longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-        if longest is not None and options.sequence_length > longest:
-            self.faults.append(
-                f"sequence_length = {options.sequence_length}, the model takes at most {longest} tokens"
-            )
-        tokenizer = self._tried(lambda: load_tokenizer(str(source.folder)))
-        if tokenizer is None or options.sequence_length < 2 or options.sequences < 1:
-            return
-        length = options.sequence_length
-        if options.algorithm == "gptq":
-            if options.calibration:
-                files = list(options.calibration)
-                self.texts.calibration = self._tried(
-                    lambda: text_sequences(files, tokenizer, options.sequences, length)
-                )
-            else:
-                self.texts.calibration = self._tried(
-                    lambda: bundled_sequences("train", tokenizer, options.sequences, length)
-                )
-                self.notes.append(
-                    "calibrated on the text that modicum bundles; text like the model's future input (--calibration) "
-                    "is better"
-                )
-        if options.evaluate:
-            self.texts.evaluation = self._tried(
-                lambda: evaluation_sequences(options.eval_text, tokenizer, options.eval_sequences, length)
-            )
-
-    def _tried(self, call: Callable[[], Any]) -> Any:
-        try:
-            return call()
-        except ModicumError as error:
-            self.faults.append(str(error))
-            return None
 
 
 def _chosen(source: Source, options: QuantizeOptions, faults: list[str]) -> tuple[list[str], list[str]]:
@@ -195,18 +135,6 @@ def _head(model: Any, every: list[str], excluded: set[str], faults: list[str]) -
     else:
         return {head}
     return set()
-
-
-def _units(linears: list[Linear], stack: list[str]) -> list[Unit]:
-    if not stack:
-        return [Unit(f"matrix-{index:05d}", linear.name, [linear]) for index, linear in enumerate(linears)]
-    units = [
-        Unit(f"layer-{index:05d}", name, [linear for linear in linears if linear.name.startswith(f"{name}.")])
-        for index, name in enumerate(stack)
-    ]
-    # what is behind the layers: the output head, where it was asked for
-    inside = {linear.name for unit in units for linear in unit.linears}
-    return units + [Unit("head", linear.name, [linear]) for linear in linears if linear.name not in inside]
 
 
 def _faults_of_shapes(linears: list[Linear], options: QuantizeOptions, head: str | None) -> list[str]:

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from modicum.errors import ConfigError, did_you_mean
+from modicum.errors import ConfigError, not_among, too_low
 from modicum.quant.spec import AffineSpec
 
 if TYPE_CHECKING:
@@ -52,16 +52,16 @@ class QuantizeOptions:
     head: bool = False
     #: layers that stay as they are: name endings or regular expressions
     exclude: tuple[str, ...] = ()
-    #: gptq: text files to calibrate on; the bundled task without
-    calibration: tuple[Path, ...] = ()
-    #: gptq: sequences to calibrate on
+    #: gptq: text files to calibrate on, or data sets as hub:NAME; the bundled task without
+    calibration: tuple[Path | str, ...] = ()
+    #: gptq: sequences to calibrate on, at most
     sequences: int = 128
     #: tokens in a sequence, of calibration and evaluation
     sequence_length: int = 512
     #: whether to measure perplexity before and after (causal language models)
     evaluate: bool = True
-    #: text file to measure on; the bundled task without
-    eval_text: Path | None = None
+    #: text file or data set to measure on; the bundled task without
+    eval_text: Path | str | None = None
     #: at most so many sequences to measure on, 0 for all
     eval_sequences: int = 64
 
@@ -85,13 +85,7 @@ class QuantizeOptions:
 
     def faults(self) -> list[str]:
         """What is wrong with the options by themselves; empty if fine."""
-        faults = []
-        for name, known in (("algorithm", ALGORITHMS), ("clip", CLIPS)):
-            value = getattr(self, name)
-            if value not in known:
-                faults.append(
-                    f"{name} = {value!r}{did_you_mean(value, known)}, must be one of {', '.join(known)}"
-                )
+        faults = not_among("algorithm", self.algorithm, ALGORITHMS) + not_among("clip", self.clip, CLIPS)
         if self.act_order and self.algorithm != "gptq":
             faults.append(f"act_order is an option of gptq, not of {self.algorithm}")
         if self.calibration and self.algorithm != "gptq":
@@ -104,9 +98,7 @@ class QuantizeOptions:
         faults += self._zero_faults()
         if not 0 <= self.damping < math.inf:
             faults.append(f"damping = {self.damping}, must be at least 0")
-        for name, least in (("sequences", 1), ("sequence_length", 2), ("eval_sequences", 0)):
-            if getattr(self, name) < least:
-                faults.append(f"{name} = {getattr(self, name)}, must be at least {least}")
+        faults += too_low(self, {"sequences": 1, "sequence_length": 2, "eval_sequences": 0})
         if self.eval_text is not None and not self.evaluate:
             faults.append("an evaluation text without evaluation")
         # a 1 x 1 layer whose blocks fit tells faults of the options from those of a shape
@@ -212,11 +204,6 @@ def parse_block(text: str) -> tuple[int, int]:
     if not cross or not q.strip().isdecimal() or not p.strip().isdecimal():
         raise ConfigError(f"block = {text!r}; write outputs x inputs, e.g. 8x4")
     return int(q), int(p)
-
-
-def perplexity(loss: float) -> float | None:
-    """The perplexity of a mean negative log-likelihood, None where it is no finite number."""
-    return math.exp(loss) if loss < 700 else None
 
 
 def bits_of(layers: Sequence[LayerReport]) -> float:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -21,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from modicum._version import __version__
-from modicum.compress.layerwise import OutputErrors, PerInput, go_through, identity, perplexities
+from modicum.compress.layerwise import change_layer, go_through, identity, one_by_one, perplexities
 from modicum.compress.source import Linear, Source
 from modicum.compress.sparsify_plan import Plan
 from modicum.compress.sparsify_report import REPORT, LayerReport, SparsifyOptions, SparsityReport
-from modicum.compress.streaming import Stack, watching
+from modicum.compress.streaming import Stack
 from modicum.compress.work import Work
 from modicum.compress.writing import write_folder
 from modicum.errors import ConfigError, ModicumError, listing
@@ -104,50 +103,24 @@ class _Job:
     def run(self) -> dict[str, Any]:
         """Sparsify what is not finished yet; what was measured on the evaluation text."""
         plan = self.plan
-        if plan.streamed:
-            stack = Stack(self.source)
-            streams = go_through(
-                stack,
-                plan.texts,
-                plan.units,
-                self.work,
-                lambda index, layer, streams: self._layer(index, layer, stack, streams),
-                self.progress,
-            )
-            return perplexities(stack, plan.texts, streams)
-        self.progress(0, len(plan.units), "")
-        for index, unit in enumerate(plan.units):
-            if self.work.about(unit.name) is None:
-                self._keep(unit, {linear: self._sparse(linear, None) for linear in unit.linears}, {})
-            self.progress(index + 1, len(plan.units), unit.label)
-        return {}
+        if not plan.streamed:
+            one_by_one(plan.units, self.work, self._sparse, self.progress)
+            return {}
+        stack = Stack(self.source)
+
+        def change(index: int, streams: dict[str, Tensor]) -> None:
+            change_layer(stack, index, plan.units[index], streams, InputNorms, self._sparse, self.work)
+
+        streams = go_through(stack, plan.texts, plan.units, self.work, change, self.progress)
+        return perplexities(stack, plan.texts, streams)
 
     def reports(self, unit: Unit) -> list[LayerReport]:
         """The reports of a finished unit."""
         return [LayerReport.read(about) for about in self.work.about(unit.name)]
 
-    def _layer(self, index: int, layer: nn.Module, stack: Stack, streams: dict[str, Tensor]) -> None:
-        """Sparsify one layer of the model in place and lead all streams through it."""
-        unit, prefix = self.plan.units[index], f"{stack.names[index]}."
-        inside = {linear.name.removeprefix(prefix): linear for linear in unit.linears}
-        if "original" in streams:
-            stack.advance(index, streams["original"])
-        inputs = PerInput(InputNorms)
-        if "calibration" in streams:
-            with watching(layer, list(inside), inputs.see):
-                stack.advance(index, streams["calibration"], keep=False)
-        done = {}
-        for name, linear in inside.items():
-            done[linear] = self._sparse(linear, inputs.take(name), layer.get_submodule(name))
-        errors = OutputErrors(self.source, layer, inside)
-        for number, name in enumerate(stream for stream in ("changed", "calibration") if stream in streams):
-            with watching(layer, list(inside) if number == 0 else [], errors.see):
-                stack.advance(index, streams[name])
-        self._keep(unit, done, errors.relative())
-
     def _sparse(
         self, linear: Linear, inputs: InputNorms | None, module: nn.Module | None = None
-    ) -> tuple[Tensor, LayerReport]:
+    ) -> tuple[dict[str, Tensor], LayerReport]:
         """What is stored of a layer, and its report; `module` gets the sparse weight."""
         started, weight = time.monotonic(), self.source.weight(linear)
         sparse = weight.masked_fill(~self._mask(linear, weight, inputs), 0)
@@ -163,7 +136,7 @@ class _Job:
             weight_error=norms[0] / norms[1] if norms[1] else 0.0,
             seconds=round(time.monotonic() - started, 4),
         )
-        return (sparse.T if linear.transposed else sparse).contiguous(), report
+        return {linear.key: (sparse.T if linear.transposed else sparse).contiguous()}, report
 
     def _mask(self, linear: Linear, weight: Tensor, inputs: InputNorms | None) -> Tensor:
         """Which weights stay, (out, in)."""
@@ -179,13 +152,6 @@ class _Job:
         per = "layer" if self.options.compared == "layer" else "row"
         return mask(scores, self.plan.ratios[linear.name], per)
 
-    def _keep(
-        self, unit: Unit, done: dict[Linear, tuple[Tensor, LayerReport]], errors: dict[str, float]
-    ) -> None:
-        tensors = {linear.key: tensor for linear, (tensor, _) in done.items()}
-        abouts = [{**asdict(report), "output_error": errors.get(report.name)} for _, report in done.values()]
-        self.work.save(unit.name, tensors, abouts)
-
 
 def _report(
     model: str,
@@ -198,7 +164,6 @@ def _report(
     sizes = {key: source.tensor(key).numel() for key in source.files}
     changed = {linear.key for linear in plan.linears}
     weights = sum(math.prod(layer.shape) for layer in layers)
-    calibration, evaluation = plan.texts.calibration, plan.texts.evaluation
     unseen = [layer.name for layer in layers if layer.algorithm != plan.options.algorithm]
     notes = [f"no calibration text reached {listing(unseen)}: zeroed by magnitude"] if unseen else []
     return SparsityReport(
@@ -209,10 +174,8 @@ def _report(
         weights=weights,
         kept_weights=sum(size for key, size in sizes.items() if key not in changed),
         layers=layers,
-        calibration=None if calibration is None else calibration.source,
-        calibration_tokens=0 if calibration is None else calibration.ids.numel(),
-        evaluation=None if evaluation is None else evaluation.source,
         notes=[*plan.notes, *notes],
         modicum_version=__version__,
+        **plan.texts.reported(),
         **measured,
     )

@@ -53,7 +53,9 @@ class Plan:
         plan._check_model(source, stack)
         if streamed:
             plan.texts = read_texts(source, options, faults, calibrate=wanda, evaluate=evaluate)
-        plan._note(evaluate=evaluate)
+        if options.evaluate and not evaluate:
+            plan.notes.append("no perplexity: the model is no causal language model")
+        plan.notes += plan.texts.notes(options)
         return plan
 
     def layers(self) -> list[LayerReport]:
@@ -106,21 +108,6 @@ class Plan:
             self.faults.append(
                 f"runs of {m} inputs (pattern {options.pattern}) do not divide {listing(wrong, 3)}; leave those layers "
                 "out with exclude, or choose an M that divides them"
-            )
-
-    def _note(self, *, evaluate: bool) -> None:
-        options, calibration = self.options, self.texts.calibration
-        if options.evaluate and not evaluate:
-            self.notes.append("no perplexity: the model is no causal language model")
-        if calibration is not None and not options.calibration:
-            self.notes.append(
-                "calibrated on the text that modicum bundles; text like the model's future input (--calibration) is "
-                "better"
-            )
-        if calibration is not None and len(calibration.ids) < options.sequences:
-            self.notes.append(
-                f"calibrated on {len(calibration.ids)} sequences of {options.sequence_length} tokens, all that the "
-                f"text holds; {options.sequences} were asked for"
             )
 
 
