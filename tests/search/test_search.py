@@ -121,6 +121,98 @@ def test_a_study_of_another_adapter_is_refused(run, tmp_path):
     assert "adapter" in str(error.value)
 
 
+def test_starting_anew_forgets_the_search_alone_and_only_if_it_can_begin(run, tmp_path):
+    search_run(run, options(strategy="random", trials=2), tmp_path)
+    (tmp_path / "mine.txt").write_text("mine")
+    before = (tmp_path / "search.json").read_bytes()
+    with pytest.raises(ConfigError, match="smallest sub-network"):
+        search_run(run, options(budgets={"parameters": 0.1}), tmp_path, overwrite=True)
+    assert (tmp_path / "search.json").read_bytes() == before
+    assert len(search_run(run, options(strategy="heuristic"), tmp_path, overwrite=True).points) == 1
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompt": 16}, "prompt, batch was [8, 1], is [16, 1]"),
+        ({"max_rows": 3}, "rows"),
+        ({"budgets": {"macs": 0.9}}, "budgets"),
+        ({"objectives": ["loss", "macs"]}, "objectives"),
+    ],
+)
+def test_a_study_measured_otherwise_is_refused(changes, words, run, tmp_path):
+    search_run(run, options(strategy="heuristic"), tmp_path)
+    with pytest.raises(ConfigError, match="study of something else") as error:
+        search_run(run, options(strategy="random", trials=2, **changes), tmp_path, resume=True)
+    assert words in str(error.value)
+
+
+def test_rows_of_other_labels_are_other_rows():
+    from modicum.data.encoded import Encoded, EncodedRow
+    from modicum.train.search import rows_digest
+
+    one, other = (Encoded([EncodedRow([1, 2], target=t)], class_targets=True) for t in (0, 1))
+    assert rows_digest(one) != rows_digest(other)
+
+
+def test_times_of_ranks_alone_are_those_of_adapters_beside_the_model(tmp_path):
+    space = {"groups": [{"rank": ["q_proj"], "choices": [4, 2], "share": "model"}]}
+    ranks = tune(recipe(tmp_path / "run", elastic__space=space, train__max_steps=1)).folder
+    found = search_run(
+        ranks, options(strategy="random", trials=5, objectives=["loss", "prefill_time"]), tmp_path / "s"
+    )
+    assert sorted(point.choices["rank.q_proj"] for point in found.points) == [2, 4]
+    assert all(0 < point.values["prefill_time"] < 10 for point in found.points)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_a_diverged_adapter_is_said_to_be_one(run, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(run, tmp_path / "run")
+    file = tmp_path / "run/adapter/adapter_model.safetensors"
+    save_file({name: value * 1e30 for name, value in load_file(file).items()}, file)
+    with pytest.raises(ConfigError, match="diverged"):
+        search_run(tmp_path / "run", options(strategy="heuristic"), tmp_path / "s")
+
+
+def test_the_runs_of_a_sweep_are_named(tmp_path):
+    swept = tune(
+        recipe(tmp_path / "sweep", sweep={"learning_rate": [1e-3, 1e-2], "seeds": [0]}, train__max_steps=1)
+    ).folder
+    with pytest.raises(ConfigError, match=r"lr=0\.001/seed=0"):
+        search_run(swept, options())
+    assert search_run(swept / "lr=0.001/seed=0", options(strategy="heuristic")).best
+
+
+def test_low_bit_bases_stay_as_many_bytes_as_they_are():
+    import peft
+    import torch
+    from tests.models_for_tests import llama
+
+    from modicum.methods.elastic_lora import ElasticLoraConfig
+    from modicum.quant.huggingface import quantized_linear
+    from modicum.quant.spec import AffineSpec
+    from modicum.search.costs import Costs
+
+    base = llama()
+    dense = peft.get_peft_model(llama(), ElasticLoraConfig(r=4))
+    for name, module in list(base.named_modules()):
+        if isinstance(module, torch.nn.Linear) and "proj" in name:
+            parent, _, child = name.rpartition(".")
+            spec = AffineSpec(4, (1, 8), "integer", offset_dtype="float32")
+            setattr(base.get_submodule(parent), child, quantized_linear(module.requires_grad_(False), spec))
+    low = peft.get_peft_model(base, ElasticLoraConfig(r=4))
+    costs, full = (Costs.of_model(model, merged=False) for model in (low, dense))
+    assert costs.parameters() == full.parameters()
+    assert costs.bytes() < full.bytes()
+    held = {id(t): t.nbytes for t in (*low.parameters(), *low.buffers())}
+    assert costs.bytes() == sum(held.values())
+
+
 @pytest.mark.slow
 def test_two_workers_share_a_study(run, tmp_path):
     found = search_run(run, options(strategy="random", trials=6, workers=2), tmp_path / "s")
@@ -144,6 +236,8 @@ def test_times_are_shares_of_the_super_network(run, tmp_path):
         ({"workers": 2}, "step by step"),
         ({"strategy": "random", "workers": 2, "objectives": ["loss", "decode_time"]}, "disturb"),
         ({"budgets": {"decode_time": 1.3}}, "at most 1"),
+        ({"budgets": {"parameters": float("nan")}}, "above 0"),
+        ({"budgets": {"parameters": 0.8, "macs": 0}}, "above 0"),
     ],
 )
 def test_options_that_cannot_work(values, words, run, tmp_path):

@@ -44,22 +44,24 @@ class Costs:
         *,
         merged: bool = True,
         bytes_each: float = 2.0,
+        stored: int | None = None,
         cache: int = 0,
     ) -> None:
-        """`parameters`: of the base model, tied ones once; `bytes_each`: of a weight.
+        """`parameters`: of the base model, tied ones once; `bytes_each`: of a weight that is written.
 
-        `cache`: bytes of keys and values for one token.
+        `stored`: bytes of a base model that stays as it is, low-bit say; `cache`: of keys and values for one token.
         """
         self.layers, self.merged = dict(layers), merged
         self._parts = {width.name: width for width in parts}
         self._parameters, self._bytes_each, self._cache = parameters, bytes_each, cache
+        self._stored = stored
 
     @classmethod
     def of_model(cls, model: Any, adapter_name: str = "default", *, merged: bool = True) -> Costs:
         """The costs of a PEFT model with an elastic adapter; its head counts as a linear layer."""
         ranks = {name: adapter.rank for name, adapter in Switch(model, adapter_name).adapters.items()}
         layers: dict[str, Linear] = {}
-        total, inside = 0, ("\0",)
+        total, stored, inside = 0, 0, ("\0",)
         seen: set[int] = set()
         base = model.get_base_model()
         for name, module in base.named_modules():
@@ -75,15 +77,28 @@ class Costs:
                 bias = getattr(bare, "bias", None) is not None
                 layers[name] = Linear(*shape, bias, ranks.get(name, 0))
             held = dict(bare.named_parameters(recurse=False))
-            if shape is not None and "weight" not in held:
-                total += shape[0] * shape[1]  # a quantized weight is no parameter, but as many numbers
+            if shape is not None:
+                # a quantized weight is no parameter, or a packed one, but as many numbers
+                weight = held.get("weight")
+                if weight is None or id(weight) not in seen:
+                    total += shape[0] * shape[1] - (0 if weight is None else weight.numel())
             total += sum(p.numel() for p in held.values() if id(p) not in seen)
-            seen |= {id(p) for p in held.values()}
+            held |= dict(bare.named_buffers(recurse=False))
+            stored += sum(t.nbytes for t in held.values() if id(t) not in seen)
+            seen |= {id(t) for t in held.values()}
         config, dtype = base.config.get_text_config(), base.dtype
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         cache = 2 * config.num_hidden_layers * groups * head * dtype.itemsize
-        return cls(layers, known_widths(base), total, merged=merged, bytes_each=dtype.itemsize, cache=cache)
+        return cls(
+            layers,
+            known_widths(base),
+            total,
+            merged=merged,
+            bytes_each=dtype.itemsize,
+            stored=None if merged else stored,
+            cache=cache,
+        )
 
     @classmethod
     def of_shapes(cls, model: Any, ranks: Mapping[str, int], *, merged: bool = True) -> Costs:
@@ -110,7 +125,9 @@ class Costs:
         return tokens * self.linear_parameters(sub_network)
 
     def bytes(self, sub_network: SubNetwork | None = None) -> int:
-        """Bytes of all numbers in the dtype of the model."""
+        """Bytes of what is written: all numbers in the dtype of the model, or adapters beside a base as it is."""
+        if self._stored is not None:
+            return self._stored + round(self._adapters(sub_network) * self._bytes_each)
         return round(self.parameters(sub_network) * self._bytes_each)
 
     def memory(self, sub_network: SubNetwork | None = None, tokens: int = 1) -> int:

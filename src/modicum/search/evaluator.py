@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import math
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -80,19 +83,30 @@ class Evaluator:
         )
         if metric not in found.metrics:
             raise ConfigError(f"the rows give no {metric}; they give {', '.join(found.metrics)}")
+        if not math.isfinite(found.metrics[metric].value):
+            raise ConfigError(
+                f"{metric} is {found.metrics[metric].value} with the sub-network {dict(choices)}: training diverged, "
+                "or the number type overflows"
+            )
         values = {metric: found.metrics[metric].value} | costs
         kept = [*self.maximized, *(name for name in self._options.budgets if name not in self.maximized)]
         return {name: values[name] for name in kept}, self.budgets.exceeded(costs)
 
     def _time(self, choices: Mapping[str, int]) -> dict[str, float]:
-        """Prefill and decode of the extracted sub-network as shares of the merged super-network's, paired."""
+        """Prefill and decode of a sub-network as shares of the super-network's, paired.
+
+        Of the extracted models where widths are cut, else of the model with its adapters, which stay beside it.
+        """
         sub_network = self._space.sub_network(choices)
-        key = tuple(sorted(sub_network.widths.items()))
+        merged = merges(self._space)
+        key = tuple(sorted((sub_network.widths if merged else sub_network.ranks).items()))
         if key not in self._times:
-            models = {
-                "super-network": _shaped(self._model, {}),
-                "sub-network": _shaped(self._model, sub_network.widths),
-            }
+            if merged:
+                whole, small = _shaped(self._model, {}), _shaped(self._model, sub_network.widths)
+            else:
+                whole, small = self._whole, self._model
+                self._switch.activate(sub_network)
+            models = {"super-network": whole, "sub-network": small}
             options = self._options
             found = measure(
                 models,
@@ -102,10 +116,17 @@ class Evaluator:
                 batch=options.batch,
                 repeats=options.repeats,
             )
-            small = next(model for model in found.models if model.name == "sub-network")
-            ratios = {"prefill_time": small.prefill_ratio, "decode_time": small.decode_ratio}
+            times = next(model for model in found.models if model.name == "sub-network")
+            ratios = {"prefill_time": times.prefill_ratio, "decode_time": times.decode_ratio}
             self._times[key] = {name: 1 / ratio.value for name, ratio in ratios.items() if ratio is not None}
         return self._times[key]
+
+    @functools.cached_property
+    def _whole(self) -> Any:
+        """A copy of the model as the whole super-network."""
+        whole = copy.deepcopy(self._model)
+        Switch(whole).activate(None)
+        return whole
 
 
 def _shaped(model: Any, units: Mapping[str, int]) -> Any:

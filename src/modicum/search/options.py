@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field
@@ -13,7 +14,7 @@ from modicum.evaluate.metrics import LARGER_IS_BETTER
 #: known from shapes alone: parameters left, multiply-accumulates of the linear layers, bytes of the weights, bytes of
 #: weights and key/value cache
 COSTS = ("parameters", "macs", "bytes", "memory")
-#: measured in turns with the merged super-network, as a share of its time
+#: measured in turns with the super-network, as a share of its time; merged where widths are cut out
 TIMES = ("prefill_time", "decode_time")
 
 
@@ -33,7 +34,7 @@ class SearchOptions(Section):
         default_factory=dict,
         description="Upper limits of costs: shares of the super-network up to 1, absolute above (parameters: 0.8).",
     )
-    trials: int = Field(50, ge=1, description="Sub-networks to evaluate.")
+    trials: int = Field(50, ge=1, description="Sub-networks to evaluate; workers may add one each.")
     population: int = Field(16, ge=2, description="nsga2: sub-networks of a generation.")
     seed: int = Field(0, ge=0, description="Seed of the search.")
     workers: int = Field(1, ge=1, description="Processes that evaluate side by side (random and nsga2).")
@@ -66,12 +67,14 @@ class SearchOptions(Section):
             if name not in limits
         ]
         faults += [
-            f"budgets.{name} = {limit}, must be above 0" for name, limit in self.budgets.items() if limit <= 0
+            f"budgets.{name} = {limit}, must be a number above 0"
+            for name, limit in self.budgets.items()
+            if not 0 < limit < math.inf
         ]
         faults += [
             f"budgets.{name} = {limit}: times are shares of the super-network's, at most 1"
             for name, limit in self.budgets.items()
-            if name in TIMES and limit > 1
+            if name in TIMES and 1 < limit < math.inf
         ]
         if self.workers > 1 and self.strategy in ("hill", "heuristic"):
             faults.append(f"{self.strategy} goes step by step: workers = 1, or the strategy nsga2 or random")

@@ -35,8 +35,8 @@ def front(points: Sequence[Point], maximized: Mapping[str, bool]) -> list[Point]
     return found
 
 
-def draw(points: Sequence[Point], best: Sequence[Point], maximized: Mapping[str, bool], title: str) -> Any:
-    """A matplotlib figure: the first objective over each other one, the front in colour.
+def blank(title: str = "", panels: int = 1) -> Any:
+    """An empty matplotlib figure with room for so many panels.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -47,10 +47,20 @@ def draw(points: Sequence[Point], best: Sequence[Point], maximized: Mapping[str,
         raise MissingExtraError(
             "pictures of the Pareto front need matplotlib: pip install 'modicum[search]'"
         ) from error
+    figure = Figure(figsize=(5.2 * panels, 4.2), layout="constrained")
+    figure.suptitle(title)
+    return figure
+
+
+def draw(points: Sequence[Point], best: Sequence[Point], maximized: Mapping[str, bool], title: str) -> Any:
+    """A matplotlib figure: the first objective over each other one, the front in colour.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    figure = blank(title, max(1, len(maximized) - 1))
     first, *others = list(maximized)
     others = others or ["number"]
-    figure = Figure(figsize=(5.2 * len(others), 4.2), layout="constrained")
-    figure.suptitle(title)
     chosen = {point.number for point in best}
     kinds = (
         ("over a budget", "x", "#999999", lambda p: bool(p.violations)),

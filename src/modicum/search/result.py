@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from modicum.search.pareto import draw, front, page
+from modicum.search.study import FILE
 from modicum.store.atomic import write_text
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from modicum.search.space import SearchSpace
     from modicum.search.study import Point
 
-REPORT, SUB_NETWORK = "search.json", "sub_network.json"
+REPORT, SUB_NETWORK, PAGE, PICTURE = "search.json", "sub_network.json", "pareto.html", "pareto.png"
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,12 @@ class SearchResult:
         """The best sub-network as `SubNetwork.as_dict` gives it."""
         file = self.folder / SUB_NETWORK
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def clear(folder: Path) -> None:
+    """Remove what a search left in `folder`, and nothing else."""
+    for name in (FILE, f"{FILE}-journal", REPORT, SUB_NETWORK, PAGE, PICTURE):
+        (folder / name).unlink(missing_ok=True)
 
 
 def write_result(
@@ -70,6 +77,6 @@ def write_result(
         write_text(folder / SUB_NETWORK, json.dumps(values, indent=2) + "\n")
     title = f"{space.spec.name}: {len(points)} of {space.size:,} sub-networks ({options.strategy})"
     figure = draw(points, best, maximized, title)
-    write_text(folder / "pareto.html", page(figure, points, best, title))
-    figure.savefig(folder / "pareto.png", dpi=120)
+    write_text(folder / PAGE, page(figure, points, best, title))
+    figure.savefig(folder / PICTURE, dpi=120)
     return result

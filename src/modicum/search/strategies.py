@@ -2,7 +2,7 @@
 
     heuristic   entry (n − 1) // 2 of every group's n choices, nothing else
     hill        from the heuristic to whichever neighbour is better, the incumbent stays otherwise
-    random      uniform, those within the budgets that shapes tell first
+    random      uniform among those within the budgets that shapes tell
     nsga2       Deb et al. 2002, as Optuna has it; points over a budget lose against all others
 
 Sources: hill-climbing from the heuristic as in Shears, arXiv 2404.10934; NSGA-II as in LoNAS.
@@ -11,7 +11,7 @@ Sources: hill-climbing from the heuristic as in Shears, arXiv 2404.10934; NSGA-I
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 import torch
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
     from modicum.search.options import SearchOptions
     from modicum.search.space import Choices
-    from modicum.search.study import Point, Study
+    from modicum.search.study import Found, Point, Study
 
-    Evaluate = Callable[[Choices], tuple[dict[str, float], dict[str, float]]]
+    Evaluate = Callable[[Choices], Found]
 
-#: draws of the random strategy before it takes one that is over a budget
+#: draws of the random strategy before it makes them smaller until they keep the budgets, or gives up
 _DRAWS = 200
 
 
@@ -56,13 +56,18 @@ class Explorer:
             self._visit(self.study.space.heuristic())
         elif self.options.strategy == "hill":
             self._climb()
+        elif self.options.strategy == "random":
+            while self._left() and (drawn := self._drawn()) is not None:
+                self._visit(drawn)
         else:
             while self._left():
-                wanted = self._drawn() if self.options.strategy == "random" else None
-                self._visit(wanted, again=True)
+                self._evolve()
 
     def _left(self) -> int:
-        return self.options.trials - len(self.study.points())
+        """How many sub-networks are still to be evaluated; other processes may have done more than their share."""
+        points = self.study.points()
+        self._known |= {_key(point.choices): point for point in points}
+        return max(0, self.options.trials - len(points))
 
     def _climb(self) -> None:
         incumbent = self._visit(self.study.space.heuristic())
@@ -71,6 +76,9 @@ class Explorer:
             improved = False
             neighbours = list(self.study.space.neighbours(incumbent.choices))
             for index in torch.randperm(len(neighbours), generator=self._generator).tolist():
+                over = sum(self._violations(neighbours[index]).values())
+                if over > sum(incumbent.violations.values()):
+                    continue  # no metric makes up for a budget
                 if not self._left() and _key(neighbours[index]) not in self._known:
                     return
                 point = self._visit(neighbours[index])
@@ -84,30 +92,46 @@ class Explorer:
         value = point.values[name]
         return -sum(point.violations.values()), value if larger else -value
 
-    def _drawn(self) -> Choices:
-        """A random sub-network that is new and keeps the budgets that shapes tell, if there is one soon."""
+    def _drawn(self) -> Choices | None:
+        """A random sub-network that is new and keeps the budgets that shapes tell, None where none can be found."""
+        space = self.study.space
         for _ in range(_DRAWS):
-            choices = self.study.space.sample(self._generator)
+            choices = space.sample(self._generator)
             if _key(choices) not in self._known and not self._violations(choices):
                 return choices
-        return self.study.space.sample(self._generator)
+        # few keep them: one step less in random groups until this one does; the smallest one does for sure
+        for _ in range(_DRAWS):
+            choices = space.sample(self._generator)
+            while self._violations(choices):
+                larger = [name for name, group in space.groups.items() if choices[name] != group.choices[-1]]
+                name = larger[int(torch.randint(len(larger), (), generator=self._generator))]
+                steps = space.groups[name].choices
+                choices[name] = steps[steps.index(choices[name]) + 1]
+            if _key(choices) not in self._known:
+                return choices
+        return None
 
-    def _visit(self, choices: Choices | None, *, again: bool = False) -> Point:
-        """The point of `choices`; one that is known is not evaluated again, but may be entered again."""
-        if choices is not None and not again and _key(choices) in self._known:
+    def _visit(self, choices: Choices) -> Point:
+        """The point of `choices`; one that is known is not evaluated again."""
+        if _key(choices) in self._known:
             return self._known[_key(choices)]
-        trial, began = self.study.ask(choices), time.monotonic()
-        key = _key(trial.params)
+        began = time.monotonic()
+        found = self._evaluate(dict(choices))
+        return self._keep(self.study.enter(choices, found, time.monotonic() - began))
+
+    def _evolve(self) -> Point:
+        """The point that the sampler wants; one that is known is entered again, since generations count it."""
+        trial, began = self.study.draw(), time.monotonic()
         try:
-            known: Any = self._known.get(key)
-            values, over = (
-                (known.values, known.violations) if known is not None else self._evaluate(dict(trial.params))
-            )
+            known = self._known.get(_key(trial.params))
+            found = (known.values, known.violations) if known else self._evaluate(dict(trial.params))
         except BaseException:
             self.study.drop(trial)
             raise
-        point = self.study.tell(trial, values, over, began)
-        self._known.setdefault(key, point)
+        return self._keep(self.study.tell(trial, found, time.monotonic() - began))
+
+    def _keep(self, point: Point) -> Point:
+        self._known.setdefault(_key(point.choices), point)
         self._tell(point)
         return point
 

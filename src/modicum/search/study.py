@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, final
 
@@ -17,6 +16,8 @@ if TYPE_CHECKING:
     from modicum.search.space import Choices, SearchSpace
 
 FILE = "study.db"
+#: values of objectives and budgeted costs, and by what share budgets are exceeded
+Found = tuple[dict[str, float], dict[str, float]]
 _IDENTITY, _CHOICES, _VALUES, _OVER, _SECONDS = "identity", "choices", "values", "violations", "seconds"
 _NAME = "search"
 
@@ -36,7 +37,7 @@ class Point:
 
 @final
 class Study:
-    """The points of one search. Choices are asked for, evaluated by the caller, and told."""
+    """The points of one search. Choices are drawn or wanted, evaluated by the caller, and kept."""
 
     def __init__(
         self,
@@ -50,23 +51,19 @@ class Study:
         """Open or begin the study in `folder`; `identity` is what has to be the same for a study to go on.
 
         Raises:
-            ConfigError: the folder holds a study of something else; everything that differs.
+            ConfigError: the folder holds a study of something else; everything that differs. Or it cannot be read.
             MissingExtraError: Optuna is not installed.
         """
         optuna = _optuna()
         self.space, self.names = space, list(maximized)
-        storage = optuna.storages.RDBStorage(
-            f"sqlite:///{folder / FILE}", engine_kwargs={"connect_args": {"timeout": 60}}
-        )
+        storage = _storage(optuna, folder / FILE)
         self._study = optuna.create_study(
             storage=storage,
             study_name=_NAME,
             load_if_exists=True,
             directions=["maximize" if larger else "minimize" for larger in maximized.values()],
         )
-        # another seed for every start, so that a resumed search does not draw the same again
-        drawn = len(self._study.get_trials(deepcopy=False))
-        self._study.sampler = _sampler(optuna, options, (options.seed * 1000 + worker) * 1000 + drawn)
+        self._options, self._worker = options, worker
         self._distributions = {
             name: optuna.distributions.CategoricalDistribution(group.choices)
             for name, group in space.groups.items()
@@ -86,24 +83,34 @@ class Study:
                 "with --overwrite"
             )
 
-    def ask(self, choices: Choices | None = None) -> Any:
-        """The next trial: of `choices`, or of what the sampler wants; `trial.params` are its choices."""
-        if choices is not None:
-            self._study.enqueue_trial(choices)
+    def draw(self) -> Any:
+        """The next trial that the sampler wants; `trial.params` are its choices. To be told or dropped."""
+        # what is drawn depends on the points that are there: a resumed search goes on as if it had not stopped
+        seed = (self._options.seed * 1000 + self._worker) * 100_000 + len(self.points())
+        self._study.sampler = _optuna().samplers.NSGAIISampler(
+            population_size=self._options.population, seed=seed
+        )
         return self._study.ask(self._distributions)
 
-    def tell(
-        self, trial: Any, values: Mapping[str, float], violations: Mapping[str, float], began: float
-    ) -> Point:
-        """The finished point of a trial that `ask` gave; `began` is `time.monotonic()` of then."""
-        seconds = time.monotonic() - began
-        attributes = {
-            _CHOICES: trial.params, _VALUES: dict(values), _OVER: dict(violations), _SECONDS: seconds
-        }  # fmt: skip
-        for key, value in attributes.items():
+    def tell(self, trial: Any, found: Found, seconds: float) -> Point:
+        """The finished point of a trial that was drawn, which took `seconds`."""
+        point = Point(trial.number, dict(trial.params), *found, seconds)
+        for key, value in _attributes(point).items():
             trial.set_user_attr(key, value)
-        self._study.tell(trial, [values[name] for name in self.names])
-        return Point(trial.number, dict(trial.params), dict(values), dict(violations), seconds)
+        trial.set_constraint("budgets", sum(point.violations.values()))
+        self._study.tell(trial, [point.values[name] for name in self.names])
+        return point
+
+    def enter(self, choices: Choices, found: Found, seconds: float) -> Point:
+        """The finished point of `choices` that the strategy wanted, written at once."""
+        entered = _optuna().create_trial(
+            values=[found[0][name] for name in self.names],
+            params=choices,
+            distributions=self._distributions,
+            user_attrs=_attributes(Point(-1, choices, *found, seconds)),
+        )
+        self._study.add_trial(entered)
+        return next(point for point in reversed(self.points()) if point.choices == choices)
 
     def drop(self, trial: Any) -> None:
         """Give up a trial whose evaluation failed."""
@@ -124,14 +131,24 @@ class Study:
         ]
 
 
-def _sampler(optuna: Any, options: SearchOptions, seed: int) -> Any:
-    if options.strategy == "nsga2":
-        return optuna.samplers.NSGAIISampler(
-            population_size=options.population,
-            seed=seed,
-            constraints_func=lambda trial: [sum(trial.user_attrs.get(_OVER, {}).values())],
+def _storage(optuna: Any, file: Path) -> Any:
+    from sqlalchemy.exc import DatabaseError
+
+    try:
+        return optuna.storages.RDBStorage(
+            f"sqlite:///{file}", engine_kwargs={"connect_args": {"timeout": 60}}
         )
-    return optuna.samplers.RandomSampler(seed=seed)
+    except (DatabaseError, RuntimeError) as error:
+        raise ConfigError(
+            f"{file} cannot be read as a study ({str(error).splitlines()[0]}): name another output, or start anew with "
+            "--overwrite"
+        ) from error
+
+
+def _attributes(point: Point) -> dict[str, Any]:
+    return {
+        _CHOICES: point.choices, _VALUES: point.values, _OVER: point.violations, _SECONDS: point.seconds
+    }  # fmt: skip
 
 
 def _optuna() -> Any:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import multiprocessing
-import shutil
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modicum.data.files import load_rows
 from modicum.data.prepare import Prepared, encode, load_splits, prepare
-from modicum.errors import ConfigError, DataError
+from modicum.errors import ConfigError, DataError, listing
 from modicum.evaluate.metrics import TASK_METRICS
 from modicum.models.loading import load_tokenizer, quiet_transformers
 from modicum.train import artifacts
@@ -18,7 +19,7 @@ from modicum.train.recipe import load_recipe
 from modicum.train.run import finished_model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from modicum.data.encoded import Encoded
     from modicum.data.files import Rows
@@ -49,31 +50,22 @@ def search_run(
             keeps, or a study of something else in the folder.
         DataError: there are no rows to score on, or training or test rows are among them.
     """
-    from modicum.search.result import write_result
+    from modicum.search.pareto import blank
+    from modicum.search.result import clear, write_result
 
     folder = Path(run)
     recipe = finished_recipe(folder)
     target = Path(output) if output is not None else folder / FOLDER
-    _claim(target, resume=resume, overwrite=overwrite)
+    _check_free(target, resume=resume, overwrite=overwrite)
+    blank()  # a missing library is told now, not after the search
     with quiet_transformers():
         job = _Job(folder, recipe, options)
+        if overwrite:
+            clear(target)
+        target.mkdir(parents=True, exist_ok=True)
         study = job.study(target)
-        others = [
-            multiprocessing.get_context("spawn").Process(
-                target=_work, args=(str(folder), options, str(target), index)
-            )
-            for index in range(1, options.workers)
-        ]
-        for process in others:
-            process.start()
-        job.explore(study, tell)
-        for process in others:
-            process.join()
-        failed = [process.exitcode for process in others if process.exitcode]
-        if failed:
-            raise ConfigError(
-                f"{len(failed)} of {options.workers} workers failed; the points of the others are kept"
-            )
+        with _workers(folder, options, target):
+            job.explore(study, tell)
         evaluator = job.evaluator
         return write_result(
             target, job.space, options, evaluator.maximized, study.points(), evaluator.budgets.whole
@@ -89,7 +81,7 @@ def check_search(recipe: Recipe) -> None:
     """
     from modicum.models.architecture import meta_model, read_config
     from modicum.models.checkpoint import layer_shapes
-    from modicum.models.families import widths
+    from modicum.models.families import known_widths
     from modicum.search.budgets import check_shapes
     from modicum.search.space import SearchSpace
     from modicum.train.methods import make_config
@@ -101,7 +93,7 @@ def check_search(recipe: Recipe) -> None:
         targets = {"layers_to_transform": config.layers_to_transform, "layers_pattern": config.layers_pattern}
         shapes = layer_shapes(model, config.target_modules, exclude=config.exclude_modules, **targets)
         ranks = {name: config.rank_for(name) for name in shapes}
-        space = SearchSpace.of(recipe.elastic.space, ranks, widths(model))
+        space = SearchSpace.of(recipe.elastic.space, ranks, known_widths(model))
         if recipe.search is not None:
             check_shapes(model, ranks, space, recipe.search)
     if recipe.search is not None:
@@ -119,8 +111,8 @@ def finished_recipe(folder: Path) -> Recipe:
     if not (folder / artifacts.RECIPE).is_file():
         raise ConfigError(f"{folder} holds no run of `modicum tune`: there is no {artifacts.RECIPE}")
     if artifacts.read_json(folder / artifacts.REPORT) is None:
-        cells = sorted(entry.parent.name for entry in folder.glob(f"*/{artifacts.REPORT}"))
-        hint = f"; it is a sweep, name one of its runs: {', '.join(cells)}" if cells else ""
+        inside = sorted(str(entry.parent.relative_to(folder)) for entry in folder.rglob(artifacts.REPORT))
+        hint = f"; name one of the runs inside: {listing(inside)}" if inside else ""
         raise ConfigError(f"{folder} holds no finished run{hint}")
     return load_recipe(folder / artifacts.RECIPE)
 
@@ -155,6 +147,7 @@ class _Job:
             "search space": self.space.digest(),
             "rows": rows_digest(rows),
             "budgets": options.budgets,
+            "prompt, batch": [options.prompt, options.batch],
         }
 
     def study(self, target: Path, worker: int = 0) -> Any:
@@ -165,10 +158,12 @@ class _Job:
 
     def explore(self, study: Any, tell: Callable[[Point], None], worker: int = 0) -> None:
         """Evaluate until the study has all its points."""
+        import torch
+
         from modicum.search.strategies import Explorer
 
-        evaluator = self.evaluator
-        Explorer(
+        evaluator, threads = self.evaluator, torch.get_num_threads()
+        explorer = Explorer(
             study,
             self.options,
             evaluator,
@@ -176,7 +171,13 @@ class _Job:
             maximized=evaluator.maximized,
             tell=tell,
             worker=worker,
-        ).run()
+        )
+        # processes that each take all threads wait for each other
+        torch.set_num_threads(max(1, threads // self.options.workers))
+        try:
+            explorer.run()
+        finally:
+            torch.set_num_threads(threads)
 
 
 def search_rows(recipe: Recipe, data: Prepared, tokenizer: Any, options: SearchOptions) -> Encoded:
@@ -210,10 +211,11 @@ def search_rows(recipe: Recipe, data: Prepared, tokenizer: Any, options: SearchO
 
 
 def rows_digest(rows: Encoded) -> str:
-    """16 hex digits over the tokens of `rows`."""
+    """16 hex digits over the tokens of `rows` and their labels."""
     digest = hashlib.blake2b(digest_size=8)
     for index in range(len(rows)):
-        digest.update(repr(_row(rows, index)).encode())
+        row = rows[index]
+        digest.update(repr((row["input_ids"], row["labels"])).encode())
     return digest.hexdigest()
 
 
@@ -221,23 +223,62 @@ def _row(rows: Encoded, index: int) -> tuple[int, ...]:
     return tuple(rows[index]["input_ids"])
 
 
+@contextlib.contextmanager
+def _workers(folder: Path, options: SearchOptions, target: Path) -> Iterator[None]:
+    """Runs the other processes of a search beside what happens inside, and waits for them.
+
+    Raises:
+        ConfigError: some of them failed.
+    """
+    context = multiprocessing.get_context("spawn")
+    others = [
+        context.Process(target=_work, args=(str(folder), options, str(target), index))
+        for index in range(1, options.workers)
+    ]
+    try:
+        for process in others:
+            process.start()
+        yield
+    except BaseException:
+        for process in others:
+            if process.is_alive():
+                process.terminate()
+        raise
+    finally:
+        for process in others:
+            if process.pid is not None:
+                process.join()
+    failed = [process.exitcode for process in others if process.exitcode]
+    if failed:
+        raise ConfigError(
+            f"{len(failed)} of {options.workers} workers failed (what they said is above); all points are kept, "
+            "--resume goes on"
+        )
+
+
 def _work(folder: str, options: SearchOptions, target: str, worker: int) -> None:
-    """One more process of a search."""
+    """One more process of a search; the one that started it is interrupted for both, and ends both."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     run = Path(folder)
     with quiet_transformers():
         job = _Job(run, finished_recipe(run), options)
-        job.explore(job.study(Path(target), worker), lambda _: None, worker)
+        job.explore(job.study(Path(target), worker), _stop_with_parent, worker)
 
 
-def _claim(target: Path, *, resume: bool, overwrite: bool) -> None:
+def _stop_with_parent(point: Point) -> None:
+    del point
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        raise SystemExit(1)
+
+
+def _check_free(target: Path, *, resume: bool, overwrite: bool) -> None:
     from modicum.search.study import FILE
 
-    if (target / FILE).is_file():
-        if overwrite:
-            shutil.rmtree(target)
-        elif not resume:
-            raise ConfigError(f"{target} holds a search: --resume to go on, --overwrite to start again")
-    target.mkdir(parents=True, exist_ok=True)
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"{target} is a file; name a folder")
+    if (target / FILE).is_file() and not resume and not overwrite:
+        raise ConfigError(f"{target} holds a search: --resume to go on, --overwrite to start again")
 
 
 def _digest(file: Path) -> str:
