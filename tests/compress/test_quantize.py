@@ -46,6 +46,7 @@ from modicum.compress.quantize import quantize_model
 from modicum.compress.quantize_report import QuantizeOptions
 from modicum.compress.source import Source
 from modicum.compress.streaming import Stack, layer_names
+from modicum.compress.work import Work
 from modicum.compress.writing import write_shards
 from modicum.errors import ConfigError, CorruptAdapterError
 from modicum.ops.affine import decode, encode, fit_grid, pack, unpack
@@ -268,6 +269,24 @@ def test_an_interrupted_run_goes_on_where_it_was(step, streamed, options, text, 
     assert files_of(output) == files_of(tmp_path / "whole")
     assert resumed.perplexity_after == whole.perplexity_after
     assert not (tmp_path / "q.partial").exists()
+
+
+def test_a_resumed_run_keeps_what_is_finished_and_wants_the_same_text(options, text, tmp_path):
+    output, work = tmp_path / "q", Work(tmp_path / "q")
+    plain = dataclasses.replace(options, evaluate=False, eval_text=None)
+    with pytest.raises(Stop):
+        quantize_model(str(small.llama()), output, plain, progress=stop_at(2))
+    (about,) = work.about("matrix-00000")
+    tensors = {key: tensor.clone() for key, tensor in work.tensors("matrix-00000").items()}
+    work.save("matrix-00000", tensors, [about | {"seconds": 1234.5}])
+    assert quantize_model(str(small.llama()), output, plain, resume=True).layers[0].seconds == 1234.5
+    file = shutil.copyfile(text, tmp_path / "text.txt")
+    fitted = with_gptq(options, file)
+    with pytest.raises(Stop):
+        quantize_model(str(small.llama()), output, fitted, overwrite=True, progress=stop_at(1))
+    file.write_text("another text; " * 90)
+    with pytest.raises(ConfigError, match=r"other options: calibration tokens was '\w+', is '\w+'\. Resume"):
+        quantize_model(str(small.llama()), output, fitted, resume=True, overwrite=True)
 
 
 def test_a_killed_process_leaves_no_output(options, text, tmp_path):
