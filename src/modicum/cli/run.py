@@ -1,4 +1,4 @@
-"""Run every stage of a recipe: quantize, tune, merge, export, measure."""
+"""Run every stage of a recipe: compress, tune, search, extract or merge, export, measure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def run(
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Run the stages that the recipe CONFIG has: quantize, tune, merge, export, and measure on its test rows.
+    """Run the stages that the recipe CONFIG has, and measure on its test rows.
+
+    They are sparsify, reorder, quantize, tune, search, extract or merge, export. Finished ones are kept.
 
     `modicum tune` runs the training of a recipe alone.
     """
@@ -46,9 +48,21 @@ def run(
 def _show(result: dict[str, Any]) -> Any:
     shown = []
     rows = []
+    if found := result.get("sparsify"):
+        rows.append(["sparse", f"{found['sparsity']:.1%} of the weights are 0"])
+    if found := result.get("reorder"):
+        rows.append(["reordered", f"{len(found['widths'])} widths, by {found['importance']}"])
     if found := result.get("quantize"):
         rows.append(["quantized", f"{found['bits_per_weight']:.3g} bits per weight"])
     rows.append(["trained", f"{result['tune']['trained_values']['total']:,} values"])
+    if found := result.get("search"):
+        best = ", ".join(f"{name} {value:,.5g}" for name, value in found["best"]["values"].items())
+        rows.append(["searched", f"trial {found['best']['number']}: {best}"])
+    if found := result.get("extract"):
+        share = found["parameters"] / found["parameters_before"]
+        rows.append(
+            ["extracted", f"{found['parameters']:,} parameters ({share:.1%}), {found['model_class']}"]
+        )
     if found := result.get("merge"):
         report = found["report"]
         verdict = "exact" if found["exact"] else "INEXACT"
