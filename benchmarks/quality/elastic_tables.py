@@ -11,6 +11,8 @@ from modicum.evaluate.intervals import over_seeds
 from modicum.train import artifacts
 
 RESULTS = Path(__file__).parent / "results"
+#: file of the learning rate that was chosen for an arm, in its folder
+CHOSEN = "chosen.json"
 PAIRED = "elastic_paired"
 COMMAND = "python benchmarks/quality/elastic.py --shared ../shared --work FOLDER"
 SHIPPED = "shipped "
@@ -75,9 +77,10 @@ def collect(
 def _arm(folder: Path, forms: list[str], seeds: list[int]) -> dict[str, Any] | None:
     """Everything of an arm, seed by seed; None while something is missing."""
     summary = artifacts.read_json(folder / "summary.json")
-    if summary is None:
+    chosen = artifacts.read_json(folder / CHOSEN)
+    if summary is None or chosen is None:
         return None
-    rate = summary["best_learning_rate"]
+    rate = chosen["learning_rate"]
     runs = [folder / f"lr={rate:g}" / f"seed={seed}" for seed in seeds]
     measured: dict[str, list[dict[str, Any]]] = {}
     for form in forms:
@@ -91,11 +94,7 @@ def _arm(folder: Path, forms: list[str], seeds: list[int]) -> dict[str, Any] | N
     reports = [artifacts.read_json(run / "report.json") or {} for run in runs]
     searches = [artifacts.read_json(run / "search" / "search.json") for run in runs]
     return {
-        "learning_rate": rate,
-        "validation_loss_by_rate": {
-            f"{entry['learning_rate']:g}": entry["validation"]["loss"]["value"]
-            for entry in summary["learning_rates"]
-        },
+        **chosen,
         "trained_values": summary["trained_values"]["adapter"],
         "stored_bytes": summary["stored_bytes"]["weights"],
         # of a median step: what else ran on the machine stopped some runs for minutes
