@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -238,8 +239,9 @@ def _same(options: kinds.Same, make: Callable[..., Verdict]) -> Verdict:
                 other.append(f"{task}/{one.item}")
             elif one.loss is not None and twin.loss is not None:
                 apart = abs(one.loss - twin.loss) / max(1, one.tokens or 1)
-                # not a number is no agreement
-                if not apart <= furthest:
+                # what is not a number agrees with nothing
+                apart = math.inf if math.isnan(apart) else apart
+                if apart > furthest:
                     furthest, worst = apart, f"{task}/{one.item}"
     said = f"{len(other)} of {n:,} items answered otherwise" + (f" (first: {other[0]})" if other else "")
     where = f" ({worst})" if worst else ""
