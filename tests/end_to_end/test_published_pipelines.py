@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.small_checkpoints import llama, write_jsonl
+from tests.small_checkpoints import llama, recipe_values, write_jsonl
 
 from modicum.adapters.elastic import Switch
+from modicum.errors import ConfigError
 from modicum.models.loading import load_adapted, load_base
 from modicum.quant.affine import AffineLinear
 from modicum.train.pipeline import run_recipe
-from modicum.train.recipe import load_recipe
+from modicum.train.recipe import load_recipe, make_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = [
@@ -150,7 +151,6 @@ def test_the_adapter_of_shears_keeps_its_rank_beside_the_sparse_model(results):
 
 
 def test_a_finished_pipeline_is_passed_over(results):
-    from modicum.train.recipe import make_recipe
     from modicum.train.yaml_lines import read_yaml
 
     first = results("lonas")
@@ -158,3 +158,27 @@ def test_a_finished_pipeline_is_passed_over(results):
     again = run_recipe(make_recipe(values), resume=True)
     assert set(again.reused) == {"reorder", "tune", "search", "extract"}
     assert again.report["measure"] == first.report["measure"]
+    # what stages said that are not run again is still in the report
+    assert set(again.report) == set(first.report)
+    assert json.loads((first.folder / "pipeline.json").read_text()) == again.report
+
+
+def test_a_classifier_is_searched_and_cut_out(tmp_path):
+    rows = [{"sentence": f"{n}{'z' if n % 2 else 'y'}", "label": n % 2} for n in range(48)]
+    values = recipe_values(tmp_path, "seq_cls")
+    for split, part in {"train": rows[:24], "validation": rows[24:36], "test": rows[36:]}.items():
+        values["data"][split] = str(write_jsonl(tmp_path / f"{split}.jsonl", part))
+    values["data"]["label_names"] = ["no", "yes"]
+    values["method"] = {"name": "elastic_lora", "r": 4, "alpha": 8}
+    values |= {"elastic": {"space": "lonas_bert"}, "extract": {}}
+    values["search"] = {"strategy": "nsga2", "trials": 3, "population": 2, "budgets": {"parameters": 0.95}}
+    swept = make_recipe({**values, "sweep": {"seeds": [0, 1]}})
+    with pytest.raises(ConfigError, match="drop the section sweep"):
+        run_recipe(swept)
+    assert not swept.folder.exists()
+    result = run_recipe(make_recipe(values))
+    measured = result.report["measure"]
+    for metric, value in measured["adapted"].items():
+        assert measured["extracted"][metric]["value"] == pytest.approx(value["value"], rel=1e-4), metric
+    config = json.loads((result.folder / "extracted/config.json").read_text())
+    assert config["id2label"] == {"0": "no", "1": "yes"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from peft.utils import load_peft_weights
@@ -82,6 +84,12 @@ def test_resumed_is_uninterrupted(trained, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         tune(half)
     monkeypatch.setattr(Trainer, "training_step", step)
+    # between steps it is the sub-network that is evaluated, not the one that was drawn last
+    saved, final = (
+        json.loads((folder / "adapter_config.json").read_text())["sub_network"]
+        for folder in (half.folder / "checkpoints/checkpoint-2", trained.adapter)
+    )
+    assert saved == final
     assert equal(weights(tune(half, resume=True)), weights(trained))
 
 
@@ -92,6 +100,21 @@ def test_the_heuristic_sub_network_is_saved_as_the_active_one(trained):
     assert config.search_space["groups"][0]["choices"] == [4, 2, 1]
     adapter = next(iter(Switch(model).adapters.values()))
     assert (adapter.rank, adapter.active_rank) == (4, 2)
+
+
+def test_the_best_checkpoint_comes_back_as_the_sub_network_that_was_evaluated(tmp_path):
+    steps = {"train__eval_steps": 1, "train__save_steps": 1, "train__load_best": True}
+    done = tune(recipe(tmp_path / "run", **steps, train__learning_rate=2.0, train__bf16=True))
+    assert done.report["best_step"] < done.report["steps"] == 4
+    from modicum.data.prepare import prepare
+    from modicum.evaluate.run import evaluate
+    from modicum.models.loading import load_tokenizer
+
+    model, tokenizer = load_adapted(load_base("embedded"), done.adapter), load_tokenizer("embedded")
+    assert model.peft_config["default"].sub_network["choices"]["0.width.mlp"] == 576
+    rows = prepare(recipe(tmp_path).data, tokenizer, "causal_lm").validation
+    found = evaluate(model, tokenizer, rows, exact_match=False, resamples=1).metrics["loss"].value
+    assert found == pytest.approx(done.metrics["validation"]["loss"], rel=2e-2)
 
 
 @pytest.mark.slow

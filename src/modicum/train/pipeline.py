@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from modicum.data.prepare import Prepared
     from modicum.train.callbacks import Show
     from modicum.train.recipe import Recipe
 
@@ -76,6 +77,11 @@ def run_recipe(
     """
     if recipe.merge is not None and recipe.method.name == FULL:
         raise ConfigError("full fine-tuning leaves no adapter to merge: drop the section merge")
+    if recipe.sweep is not None:
+        raise ConfigError(
+            "a sweep leaves one adapter for each rate and seed, and the stages go on with one: sweep with `modicum "
+            "tune`, then put the best rate into train.learning_rate and drop the section sweep"
+        )
     check_search(recipe)
     _claim(recipe, resume=resume, overwrite=overwrite)
     job = _Pipeline(recipe, say)
@@ -87,14 +93,14 @@ def run_recipe(
         job.merged(base)
         job.exported()
         job.measured(base)
-    artifacts.write_json(recipe.folder / REPORT, job.report)
     return PipelineResult(recipe.folder, job.report, tuple(job.reused))
 
 
 class _Pipeline:
     def __init__(self, recipe: Recipe, say: Callable[[str], None]) -> None:
         self.recipe, self.say, self.folder = recipe, say, recipe.folder
-        self.report: dict[str, Any] = {}
+        #: what stages of an earlier run said stays
+        self.report: dict[str, Any] = artifacts.read_json(self.folder / REPORT) or {}
         self.reused: list[str] = []
         self.adapter: Path | None = None
 
@@ -110,7 +116,7 @@ class _Pipeline:
                 self.say(stage)
                 partial = {"resume": True} if folder.with_name(f"{name}.partial").exists() else {}
                 make(model, folder, before_options(stage, values), **partial)
-            self.report[stage] = artifacts.read_json(folder / report)
+            self._tell(stage, artifacts.read_json(folder / report))
             model = str(folder)
         return model
 
@@ -126,7 +132,7 @@ class _Pipeline:
         if result.reused:
             self.reused.append(TUNE)
         self.adapter = result.adapter
-        self.report["tune"] = result.report
+        self._tell(TUNE, result.report)
 
     def searched(self) -> None:
         """Search the super-network, and go on with the best sub-network as the active one."""
@@ -150,7 +156,7 @@ class _Pipeline:
             with_sub_network(self.adapter, chosen, SubNetwork.read(values))
         self.adapter = chosen
         report = artifacts.read_json(self.folder / SEARCH / "search.json") or {}
-        self.report["search"] = {key: report.get(key) for key in ("best", "front", "objectives", "whole")}
+        self._tell("search", {key: report.get(key) for key in ("best", "front", "objectives", "whole")})
 
     def extracted(self, base: str) -> None:
         """Write the active sub-network as a smaller model, if the recipe wants it."""
@@ -165,7 +171,7 @@ class _Pipeline:
         dtype = stored if options.dtype == "auto" else options.dtype
         texts = self._texts(base)
         result = extract(model, self.folder / EXTRACTED, tokenizer=tokenizer, dtype=dtype, texts=texts)
-        self.report["extract"] = asdict(result)
+        self._tell("extract", asdict(result))
 
     def merged(self, base: str) -> None:
         """Fold the adapter in, if the recipe wants it."""
@@ -182,7 +188,7 @@ class _Pipeline:
             dtype=options.dtype,
             allow_inexact=options.allow_inexact,
         )
-        self.report["merge"] = asdict(result)
+        self._tell("merge", asdict(result))
 
     def exported(self) -> None:
         """Write the merged model in the formats of other engines."""
@@ -196,7 +202,7 @@ class _Pipeline:
             allow = self.recipe.merge is not None and self.recipe.merge.allow_inexact
             model = load_base(merged, dtype="float32")
             result = export_model(model, load_tokenizer(merged), target, name, allow)
-            self.report.setdefault("export", {})[name] = asdict(result)
+            self._tell("export", self.report.get("export", {}) | {name: asdict(result)})
 
     def measured(self, base: str) -> None:
         """Measure on the test rows: the base, the base with the adapter, and the model that was written."""
@@ -214,20 +220,30 @@ class _Pipeline:
         for name, (path, with_adapter) in names.items():
             if task != "causal_lm" and name == "base":
                 continue  # without its trained head a classifier answers at random
-            model = load_base(path, task, num_labels=prepared.num_labels, tokenizer=tokenizer)
+            model = self._loaded(path, prepared, tokenizer)
             if with_adapter and self.adapter is not None and self.recipe.method.name != FULL:
                 model = load_adapted(model, self.adapter)
             measures = evaluate(model, tokenizer, prepared.test, task).as_dict()["metrics"]
             found[name] = measures
-        self.report["measure"] = found
+        self._tell("measure", found)
+
+    def _tell(self, stage: str, report: Any) -> None:
+        """Keep what a stage made, on disk too: a run that is cut and goes on has the report of one that was not."""
+        self.report[stage] = report
+        artifacts.write_json(self.folder / REPORT, self.report)
 
     def _adapted(self, base: str) -> tuple[Any, Any]:
         """The base with the adapter, and its tokenizer."""
-        task, tokenizer = self.recipe.model.task, load_tokenizer(base)
-        prepared = prepare(self.recipe.data, tokenizer, task, self.recipe.model.num_labels)
-        model = load_base(base, task, num_labels=prepared.num_labels, tokenizer=tokenizer)
+        tokenizer = load_tokenizer(base)
+        prepared = prepare(self.recipe.data, tokenizer, self.recipe.model.task, self.recipe.model.num_labels)
+        model = self._loaded(base, prepared, tokenizer)
         assert self.adapter is not None
         return load_adapted(model, self.adapter), tokenizer
+
+    def _loaded(self, path: str, prepared: Prepared, tokenizer: Any) -> Any:
+        """The model at `path` for the task of the recipe."""
+        task, names = self.recipe.model.task, self.recipe.data.label_names
+        return load_base(path, task, num_labels=prepared.num_labels, label_names=names, tokenizer=tokenizer)
 
     def _texts(self, base: str) -> list[str]:
         """Real rows to measure the merge error on: of validation, or of training."""
