@@ -17,6 +17,13 @@ from tests.small_checkpoints import recipe_values
 from modicum.train.recipe import make_recipe
 from modicum.train.run import tune
 
+SPACE = {
+    "groups": [
+        {"rank": ["heads.outputs"], "choices": [4, 2, 1]},
+        {"width": "mlp", "choices": [1.0, 0.75, 0.5]},
+        {"rank": ["heads.inputs"], "choices": [4, 1]},
+    ]
+}
 # the first recipe is broken off in its second epoch and resumed; all in one process, because starting Python takes
 # longer than training
 COMMANDS = """
@@ -64,12 +71,18 @@ def in_two_processes(*files) -> list[str]:
 
 def test_two_processes_equal_one(tmp_path):
     files, alone = [], []
-    for task in ("causal_lm", "seq_cls"):
-        folder = tmp_path / task
+    for name in ("causal_lm", "seq_cls", "elastic"):
+        folder = tmp_path / name
         folder.mkdir()
+        task = "seq_cls" if name == "seq_cls" else "causal_lm"
         # three steps make an epoch, so that the second checkpoint lies inside the second one
         values = recipe_values(folder, task, batch_size=8, eval_steps=2)
-        if task == "seq_cls":
+        if name == "elastic":
+            # processes that drew different sub-networks would average the gradients of different ones
+            values["method"] = {"name": "elastic_lora", "r": 4, "alpha": 8}
+            values["elastic"] = {"space": SPACE, "sampling": "sandwich", "samples": 1, "distill": True}
+            values["train"] |= {"gradient_accumulation_steps": 2, "batch_size": 4}
+        elif task == "seq_cls":
             values["sweep"] = {"learning_rate": [1e-3, 5e-3]}
             values["data"]["test"] = values["data"]["validation"]
         else:
@@ -85,10 +98,11 @@ def test_two_processes_equal_one(tmp_path):
             "exit 130",
             "exit 0",
             "exit 0",
+            "exit 0",
             "exit 1",
         ]
     results = [json.loads(line) for line in main if '"recipe_digest"' in line]
-    assert len(results) == 2
+    assert len(results) == 3
     # only the main process writes results
     assert not any('"recipe_digest"' in line for line in other)
     assert "train.batch_size = 5 rows do not divide over 2 devices" in main[-2]
