@@ -175,6 +175,20 @@ def test_every_micro_batch_draws_anew(tmp_path):
     assert drawn == [elastic.drawn(step, micro) for step in range(4) for micro in range(4)]
 
 
+def test_the_trainer_counts_the_micro_batches_of_every_step(tmp_path, monkeypatch):
+    from modicum.train.elastic import ElasticTraining
+
+    asked, drawn = [], ElasticTraining.drawn
+
+    def watched(self, step, micro):
+        asked.append((step, micro))
+        return drawn(self, step, micro)
+
+    monkeypatch.setattr(ElasticTraining, "drawn", watched)
+    tune(recipe(tmp_path / "run", train__gradient_accumulation_steps=3, train__max_steps=2))
+    assert asked == [(step, micro) for step in range(2) for micro in range(3)]
+
+
 @pytest.mark.parametrize("distill", [False, True])
 def test_the_sandwich_rule_averages_its_sub_networks(distill, tmp_path):
     """The gradient of a micro-batch is the mean over largest, smallest and random sub-networks, taken one by one."""
