@@ -197,7 +197,7 @@ def _shown(protocol: dict[str, Any], untuned: dict[str, Any], arms: dict[str, An
 
 
 def _way(protocol: dict[str, Any], arm: str) -> str:
-    return {"merge": "merged, ", "extract": "extracted, "}[protocol["arms"][arm]["ship"]]
+    return {"merge": "merged, ", "extract": "extracted, "}.get(protocol["arms"][arm].get("ship"), "")
 
 
 def paired_result(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
