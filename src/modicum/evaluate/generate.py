@@ -1,4 +1,4 @@
-"""Greedy completions of many prompts: batched, padded on the left, longest prompts first."""
+"""Completions of many prompts, greedy or by beam search: batched, padded on the left, longest prompts first."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import torch
 from modicum.data.encoded import Collator
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 
-@torch.no_grad()
 def complete(
     model: Any,
     tokenizer: Any,
@@ -24,13 +23,37 @@ def complete(
 ) -> list[str]:
     """The greedy completion of each prompt (token ids) as text, without special tokens and outer spaces.
 
-    Prompts of similar length share a batch, the longest first, so that memory runs out at once or never.
-    `advance(rows)` is called after every batch.
+    `advance(rows)` is called after every batch; see `completions`.
+    """
+    texts = [""] * len(prompts)
+    for found in completions(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size):
+        for index, text in found.items():
+            texts[index] = text
+        if advance is not None:
+            advance(len(found))
+    return texts
+
+
+@torch.no_grad()
+def completions(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    num_beams: int = 1,
+    batch_size: int = 16,
+) -> Iterator[dict[int, str]]:
+    """The completions of one batch after the other: index of the prompt and its text, special tokens stripped.
+
+    Without sampling: the likeliest token at each step, or the likeliest of `num_beams` sequences. Prompts of
+    similar length share a batch, the longest first, so that memory runs out at once or never.
     """
     from transformers import GenerationConfig
 
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
         do_sample=False,
         use_cache=True,
         pad_token_id=tokenizer.pad_token_id,
@@ -39,19 +62,16 @@ def complete(
     )
     pad = Collator(tokenizer.pad_token_id, left=True)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    texts = [""] * len(prompts)
     was_training = model.training
     model.eval()
-    for at in range(0, len(order), batch_size):
-        chosen = order[at : at + batch_size]
-        batch = pad([{"input_ids": prompts[index]} for index in chosen])
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        width = batch["input_ids"].shape[1]
-        output = model.generate(**batch, generation_config=config)
-        decoded = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-        for index, text in zip(chosen, decoded, strict=True):
-            texts[index] = text.strip()
-        if advance is not None:
-            advance(len(chosen))
-    model.train(was_training)
-    return texts
+    try:
+        for at in range(0, len(order), batch_size):
+            chosen = order[at : at + batch_size]
+            batch = pad([{"input_ids": prompts[index]} for index in chosen])
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            width = batch["input_ids"].shape[1]
+            output = model.generate(**batch, generation_config=config)
+            decoded = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+            yield {index: text.strip() for index, text in zip(chosen, decoded, strict=True)}
+    finally:
+        model.train(was_training)

@@ -60,11 +60,11 @@ def load_for_evaluation(
     encoded = encode(rows, options, tokenizer, kind, num_labels)
     with quiet_transformers():
         base = load_base(model, kind, dtype=cast("Any", dtype), num_labels=num_labels, tokenizer=tokenizer)
-        adapted = _adapted(base, adapter) if adapter else base
-    return Loaded(_placed(adapted), tokenizer, encoded, kind)
+        carrying = adapted(base, adapter) if adapter else base
+    return Loaded(placed(carrying), tokenizer, encoded, kind)
 
 
-def _adapted(base: Any, adapter: str) -> Any:
+def adapted(base: Any, adapter: str) -> Any:
     """`base` with the adapter in a compact record or a PEFT folder."""
     return load_adapter(base, adapter) if Path(adapter).is_file() else load_adapted(base, adapter)
 
@@ -117,7 +117,8 @@ def _classes_of(adapter: Path) -> int | None:
     return None
 
 
-def _placed(model: Any) -> Any:
+def placed(model: Any) -> Any:
+    """`model` itself, moved in place to the GPU if there is one."""
     import torch
 
     return model.to("cuda") if torch.cuda.is_available() else model

@@ -1,0 +1,234 @@
+"""The protocol `lm-eval` records what lm-evaluation-harness computes, and reads our rows as it means them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tests.small_checkpoints import write_jsonl
+
+from modicum.errors import MissingExtraError
+from modicum.evaluate import harness
+from modicum.evaluate.harness_rows import SETS
+from modicum.evaluate.protocols import check
+from modicum.evaluate.records import Records
+from modicum.evaluate.run_suite import run_suite
+from modicum.evaluate.suites import load_suite
+from modicum.models.loading import load_base, load_tokenizer
+
+ANIMALS = ("cat", "dog", "cow", "hen", "fox")
+
+
+def rows_of(count, **more):
+    return [
+        {
+            "id": f"q-{n}",
+            "question": f"Which animal is number {n}?",
+            "choices": [f"the {ANIMALS[(n + k) % 5]}{'s of the farm' * k}" for k in range(4)],
+            "label": n * 3 % 4,
+            **{name: value(n) for name, value in more.items()},
+        }
+        for n in range(count)
+    ]
+
+
+def suite_of(folder, **tasks):
+    path = folder / "own.yaml"
+    path.write_text(yaml.safe_dump({"suite": "own", "protocol": "lm-eval", "tasks": tasks}), encoding="utf-8")
+    return load_suite(str(path))
+
+
+def go(suite, folder, **options):
+    return run_suite(suite, "embedded", data_dir=folder, output=folder / "out", batch_size=8, **options)
+
+
+def log_likelihoods(context, continuations):
+    """Summed nats of each continuation after the context, computed by hand."""
+    model, tokenizer = load_base("embedded"), load_tokenizer("embedded")
+    before, found = tokenizer(context)["input_ids"], []
+    for continuation in continuations:
+        ids = tokenizer(context + continuation)["input_ids"]
+        with torch.no_grad():
+            scores = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        found.append(sum(scores[at - 1, ids[at]].item() for at in range(len(before), len(ids))))
+    return found
+
+
+def test_records_agree_with_the_library_and_with_a_direct_computation(tmp_path):
+    rows = rows_of(20)
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    (result,) = go(suite_of(tmp_path, arc_easy={"data": "a"}), tmp_path)
+    records = Records.read(tmp_path / "out" / "arc_easy.parquet")
+    found = library_alone(rows, tmp_path / "theirs")
+    assert records.column("item").tolist() == [sample["doc"]["id"] for sample in found["samples"]]
+    np.testing.assert_array_equal(records.column("correct"), [sample["acc"] for sample in found["samples"]])
+    gold = [sample["filtered_resps"][sample["target"]][0] for sample in found["samples"]]
+    np.testing.assert_allclose(records.column("loss"), np.negative(gold), rtol=1e-5)
+    metrics, theirs = result.tasks["arc_easy"].metrics, found["results"]
+    for name in ("acc", "acc_norm"):
+        assert metrics[name].value == pytest.approx(theirs[f"{name},none"])
+        half = 1.959964 * theirs[f"{name}_stderr,none"]
+        assert metrics[name].high - metrics[name].value == pytest.approx(half, rel=1e-5)
+    for row, one in zip(rows[:3], records.items, strict=False):
+        scores = log_likelihoods(f"Question: {row['question']}\nAnswer:", [f" {c}" for c in row["choices"]])
+        assert one.loss == pytest.approx(-scores[row["label"]], rel=1e-4)
+        assert one.prediction == row["choices"][int(np.argmax(scores))]
+        assert one.reference == row["choices"][row["label"]]
+    details = json.loads((tmp_path / "out" / "arc_easy.json").read_text())
+    assert details["library"].startswith("lm_eval 0.")
+    assert details["versions"] == {"arc_easy": 1.0}
+    assert 0 < result.tasks["arc_easy"].metrics["acc"].value < 1
+
+
+def library_alone(rows, folder):
+    """Results and samples of the library's arc_easy, from its own file, data loader, model class and entry point."""
+    import lm_eval.tasks
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    folder.mkdir()
+    docs = [
+        {
+            "id": row["id"],
+            "question": row["question"],
+            "choices": {"text": row["choices"], "label": ["A", "B", "C", "D"]},
+            "answerKey": "ABCD"[row["label"]],
+        }
+        for row in rows
+    ]
+    task = {
+        "include": str(Path(lm_eval.tasks.__file__).parent / "arc" / "arc_easy.yaml"),
+        "task": "arc_easy",
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {"test": str(write_jsonl(folder / "docs.jsonl", docs))}},
+        "training_split": None,
+        "validation_split": None,
+    }
+    (folder / "arc_easy.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+    with harness._quietly():
+        wrapped = HFLM(load_base("embedded"), tokenizer=load_tokenizer("embedded"), batch_size=1)
+        manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(folder))
+        found = simple_evaluate(wrapped, tasks=["arc_easy"], task_manager=manager)
+    return {"results": found["results"]["arc_easy"], "samples": found["samples"]["arc_easy"]}
+
+
+def test_finished_tasks_are_not_run_again(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", rows_of(3))
+    suite = suite_of(tmp_path, arc_easy={"data": "a"})
+    (first,) = go(suite, tmp_path)
+    monkeypatch.setattr(harness, "_first_filter", None)  # whatever runs fails
+    (second,) = go(suite, tmp_path, resume=True)
+    assert second.as_dict() == first.as_dict()
+
+
+def test_several_subjects_with_examples(tmp_path):
+    subject = {"subject": lambda n: ("anatomy", "virology")[n % 2]}
+    write_jsonl(tmp_path / "a.jsonl", rows_of(6, **subject))
+    write_jsonl(tmp_path / "dev.jsonl", rows_of(4, **subject))
+    task = {"data": "a", "examples": "dev", "num_fewshot": 2}
+    (result,) = go(suite_of(tmp_path, mmlu=task), tmp_path, limit=2)
+    records = Records.read(tmp_path / "out" / "mmlu.parquet")
+    assert sorted(records.slice_of("subject")) == ["anatomy"] * 2 + ["virology"] * 2
+    metrics = result.tasks["mmlu"].metrics
+    assert metrics["acc"].value == pytest.approx(records.column("correct").mean())
+    assert metrics["acc"].n == 4
+    assert records.header.decoding["num_fewshot"] == 2
+    assert set(records.column("tokens")) == {1}
+    task["num_fewshot"] = 3
+    (fault,) = check(suite_of(tmp_path, mmlu=task), tmp_path).faults
+    assert "mmlu_anatomy (2), mmlu_virology (2)" in fault
+
+
+def test_generated_answers(tmp_path):
+    problems = [{"id": f"g-{n}", "question": f"{n} and 1?", "answer": f"so\n#### {n + 1}"} for n in range(6)]
+    write_jsonl(tmp_path / "a.jsonl", problems)
+    suite = suite_of(tmp_path, gsm8k={"data": "a", "examples": "a", "num_fewshot": 1})
+    (result,) = go(suite, tmp_path, limit=2)
+    assert list(result.tasks["gsm8k"].metrics) == [
+        "exact_match (strict-match)",
+        "exact_match (flexible-extract)",
+    ]
+    records = Records.read(tmp_path / "out" / "gsm8k.parquet")
+    assert len(records) == 2
+    assert records.items[0].loss is None
+    assert "generation" in records.header.decoding
+    (fault,) = check(suite_of(tmp_path, gsm8k={"data": "a"}), tmp_path).faults
+    assert "fewer examples than num_fewshot wants: gsm8k (0)" in fault
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "prompt", "choices", "target"),
+    [
+        ("boolq", {"passage": "P.", "question": "is it?", "choices": ["true", "false"], "label": 0},
+         "P.\nQuestion: is it?\nAnswer:", ["no", "yes"], 1),
+        ("piqa", {"question": "G", "choices": ["x", "y"], "label": 1}, "Question: G\nAnswer:", ["x", "y"], 1),
+        ("winogrande", {"question": "A _ of it.", "choices": ["x", "y"], "label": 1}, 1, ["A x", "A y"], "of it."),
+        ("openbookqa", {"question": "Q", "choices": ["x", "y", "z"], "label": 2}, "Q", ["x", "y", "z"], 2),
+        ("arc_challenge", {"question": "Q", "choices": ["x", "y"], "label": 0}, "Question: Q\nAnswer:", ["x", "y"], 0),
+        ("hellaswag", {"question": "Roof: A man sits on a roof. he", "choices": ["is [x] up.", "y"], "label": 1},
+         "Roof: A man sits on a roof. He", ["is up.", "y"], 1),
+    ],
+)  # fmt: skip
+def test_our_rows_as_the_library_reads_them(tmp_path, name, row, prompt, choices, target):
+    write_jsonl(tmp_path / "a.jsonl", [{"id": "1", **row}])
+    (task,) = check(suite_of(tmp_path, **{name: {"data": "a"}}), tmp_path).tasks
+    (built,) = task._built.values()
+    (doc,) = built.eval_docs
+    assert built.doc_to_text(doc) == prompt
+    assert built.doc_to_choice(doc) == choices
+    assert built.doc_to_target(doc) == target
+    assert task.ids == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "fault"),
+    [
+        ("arc_esy", rows_of(1), "did you mean 'arc_easy'"),
+        ("boolq", rows_of(1), "lacks the column 'passage'"),
+        (
+            "piqa",
+            [{"question": "Q", "choices": ["x", "y"], "label": 2}],
+            "label = 2 must be an index into the 2",
+        ),
+        ("piqa", [{"question": "Q", "choices": "xy", "label": 0}], "choices must be a list of texts"),
+    ],
+)
+def test_rows_that_cannot_be_used(tmp_path, task, rows, fault):
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    (found,) = check(suite_of(tmp_path, **{task: {"data": "a"}}), tmp_path).faults
+    assert fault in found
+
+
+def test_a_library_that_is_missing_or_does_not_fit(monkeypatch):
+    import importlib
+
+    for error, words in (
+        (ModuleNotFoundError("no", name="lm_eval"), r"pip install \"modicum\[eval\]\""),
+        (ImportError("cannot import name 'x' from 'transformers'"), r"lm_eval 0\.\S+, transformers 5.*'x'"),
+    ):
+
+        def broken(_name, error=error):
+            raise error
+
+        with monkeypatch.context() as patched:
+            patched.setattr(importlib, "import_module", broken)
+            with pytest.raises(MissingExtraError, match=words):
+                harness._library("evaluator")
+
+
+@pytest.mark.shared_data
+def test_the_bundled_suites_fit_the_data(shared_data):
+    for name, task, size in (
+        ("commonsense", "hellaswag", 2034),
+        ("math", "gsm8k", 1069),
+        ("mmlu", "mmlu", 11182),
+    ):
+        found = check(load_suite(name, "lm-eval").only([task]), shared_data)
+        assert not found.faults
+        assert len(found.tasks[0].ids) == size
+    assert set(load_suite("commonsense", "lm-eval").tasks) < set(SETS)
