@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from xml.etree import ElementTree as ET
 
 import numpy as np
@@ -10,13 +11,16 @@ import pytest
 import torch
 import yaml
 from tests import models_for_tests as models
+from tests.docs.pages import ROOT
 from tests.evaluate.record_files import records
 
 from modicum.errors import ConfigError
+from modicum.evaluate import gate_file
 from modicum.evaluate import statistics as paired
 from modicum.evaluate.gate import check_gates, write_json, write_junit
 from modicum.evaluate.gate_file import BYTES, COUNTS, quantity
 
+PAGE = ROOT / "docs" / "do" / "compare-versions.md"
 OLD = [1.0] * 180 + [0.0] * 20
 
 
@@ -288,3 +292,13 @@ def test_quantities():
     assert quantity("5e-1 GB", BYTES) == 5e8
     assert quantity(12, COUNTS) == 12
     assert quantity("1.2b", COUNTS) == 1.2e9
+
+
+def test_the_gates_that_are_shown_can_be_read(tmp_path):
+    shown = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    shown += re.findall(r"```yaml\n(.*?)```", gate_file.__doc__, re.DOTALL)
+    assert len(shown) == 2
+    for text in shown:
+        (tmp_path / "gates.yaml").write_text(text)
+        kinds = {gate.kind for gate in gate_file.read_gates(tmp_path / "gates.yaml")}
+        assert kinds == {"not_worse", "metric", "size", "latency", "same", "sparsity", "parameters"}

@@ -58,16 +58,25 @@ def bench(
         ConfigError: a model that is not there or has no weights, no baseline that could be derived, or what
             `measure` refuses.
     """
+    place = device_for(dtype, device)
+    arms, chosen, reason = choose(models, adapters, baseline, random=random)
+    loaded = {arm.name: load(arm, dtype, place) for arm in arms}
+    found = measure(loaded, baseline=chosen, advance=advance, **options)
+    return found if reason is None else replace(found, sentences=(*found.sentences, reason))
+
+
+def device_for(dtype: str, device: str) -> str:
+    """The device that `device` stands for here, for models in `dtype`.
+
+    Raises:
+        ConfigError: no such dtype, or no such device here.
+    """
     if dtype not in DTYPES:
         raise ConfigError(f"no dtype {dtype!r}{did_you_mean(dtype, DTYPES)}; known: {', '.join(DTYPES)}")
     if device not in DEVICES or (device == "cuda" and not torch.cuda.is_available()):
         there = ", ".join(DEVICES if torch.cuda.is_available() else DEVICES[:2])
         raise ConfigError(f"no device {device!r} here; there are {there}")
-    arms, chosen, reason = choose(models, adapters, baseline, random=random)
-    place = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = {arm.name: load(arm, dtype, place) for arm in arms}
-    found = measure(loaded, baseline=chosen, advance=advance, **options)
-    return found if reason is None else replace(found, sentences=(*found.sentences, reason))
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def choose(
@@ -78,13 +87,13 @@ def choose(
     Raises:
         ConfigError: see `bench`.
     """
-    arms = {name: _arm(name, random) for name in models}
-    arms |= {name: Arm(name, models[0], str(_adapter_folder(Path(name)) or name)) for name in adapters}
+    arms = {name: arm_of(name, random) for name in models}
+    arms |= {name: Arm(name, models[0], str(adapter_folder(Path(name)) or name)) for name in adapters}
     if baseline is not None:
         if baseline not in arms:
-            arms = {baseline: _arm(baseline, random), **arms}
+            arms = {baseline: arm_of(baseline, random), **arms}
         return list(arms.values()), baseline, None
-    sources = {name: source for name, arm in arms.items() if (source := _made_from(arm)) is not None}
+    sources = {name: source for name, arm in arms.items() if (source := made_from(arm)) is not None}
     found = {_place(source): source for source in sources.values()}
     if len(found) != 1:
         why = f"the models were made from different ones ({', '.join(found.values())})" if found else (
@@ -98,7 +107,7 @@ def choose(
     known = next((name for name, arm in arms.items() if not arm.adapter and _place(arm.model) == place), None)
     chosen = source if known is None else known
     if known is None:
-        arms = {chosen: _arm(chosen, random), **arms}
+        arms = {chosen: arm_of(chosen, random), **arms}
     reason = (
         f"{chosen} is the baseline because {', '.join(sources)} {'was' if len(sources) == 1 else 'were'} made from it. "
         "Merging an adapter changes neither its shape nor its number type, so it stands for the merged model too."
@@ -156,7 +165,12 @@ def _random(model: str, dtype: str) -> Any:
     return made
 
 
-def _arm(name: str, random: bool) -> Arm:
+def arm_of(name: str, random: bool = False) -> Arm:
+    """The model, or the adapter and the model that it belongs to, that a name on the command line stands for.
+
+    Raises:
+        ConfigError: no model, an adapter that names no base model, a configuration without weights unless `random`.
+    """
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".json":
@@ -164,7 +178,7 @@ def _arm(name: str, random: bool) -> Arm:
                 f"{name} is no model; name an adapter with --adapter, after the model that it belongs to"
             )
         return _without_weights(name, random)
-    adapter = _adapter_folder(path)
+    adapter = adapter_folder(path)
     if adapter is not None:
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         base = config.get("base_model_name_or_path")
@@ -187,7 +201,7 @@ def _without_weights(name: str, random: bool) -> Arm:
     return Arm(name, name, random=True)
 
 
-def _adapter_folder(path: Path) -> Path | None:
+def adapter_folder(path: Path) -> Path | None:
     """The folder of an adapter at `path`, or below it where a run has left it; None where there is none."""
     if (path / "config.json").is_file():
         return None
@@ -195,7 +209,7 @@ def _adapter_folder(path: Path) -> Path | None:
     return next((folder for folder in folders if (folder / "adapter_config.json").is_file()), None)
 
 
-def _made_from(arm: Arm) -> str | None:
+def made_from(arm: Arm) -> str | None:
     """The model that `arm` was made from, as far as its files say."""
     if arm.adapter is not None:
         return arm.model

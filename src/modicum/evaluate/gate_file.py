@@ -5,7 +5,7 @@ gates:
   - not_worse: {records: runs/new, than: runs/released, by: 1 point}
   - metric: {records: runs/new, metric: perplexity, at_most: 6.5}
   - size: {path: new.modicum, at_most: 60 KB}
-  - latency: {bench: times.json, model: small, of: decode, at: p95, at_most: 20 ms}
+  - latency: {bench: times.json, model: small, of: decode, quantile: p95, at_most: 20 ms}
   - same: {records: runs/merged, other: runs/unmerged, tolerance: 1e-4}
   - sparsity: {model: small, at_least: 50 %}
   - parameters: {model: small, at_most: 1.2B}
