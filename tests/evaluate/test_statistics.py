@@ -80,6 +80,15 @@ def test_bootstrap_equals_scipy_for_many_items():
     assert ours.high == pytest.approx(theirs.high, abs=0.06 * width)
 
 
+def test_the_percentiles_are_further_out_for_few_items():
+    d = np.random.default_rng(0).normal(0, 1, 6)
+    means = d[np.random.default_rng(5).integers(0, 6, (2_000, 6))].mean(1)
+    t = stats.t.ppf(0.975, 5) * math.sqrt(6 / 5)
+    expected = np.quantile(means, stats.norm.cdf([-t, t]))
+    found = paired.paired_bootstrap(d, seed=5)
+    assert (found.low, found.high) == pytest.approx(tuple(expected))
+
+
 def test_a_rising_transform_is_of_the_ends_too():
     d = np.random.default_rng(0).normal(0.1, 1, 40)
     plain, risen = paired.paired_bootstrap(d), paired.paired_bootstrap(d, transform=math.exp)
@@ -158,16 +167,29 @@ def test_false_positives():
     assert within(drawn, 400, 0.05), drawn
 
 
-@pytest.mark.parametrize(("difference", "discordance"), [(0.05, 0.15), (0.02, 0.1), (0.1, 0.3)])
+def power_of_mcnemar(n, difference, discordance):
+    """The chance of p ≤ 0.05, summed over all numbers of discordant pairs."""
+    pairs = np.arange(n + 1)
+    # the most wins (or losses) of so many pairs that are few enough; -1 where none are
+    few = stats.binom.ppf(0.025, pairs, 0.5)
+    few -= stats.binom.cdf(few, pairs, 0.5) > 0.025
+    share = (1 + difference / discordance) / 2
+    shown = stats.binom.cdf(few, pairs, share) + stats.binom.sf(pairs - few - 1, pairs, share)
+    return float(stats.binom.pmf(pairs, n, discordance) @ shown)
+
+
+@pytest.mark.parametrize(("difference", "discordance"), [(0.05, 0.15), (0.02, 0.1), (0.1, 0.3), (0.2, 0.5)])
 def test_power_of_the_paired_shares(difference, discordance):
     n = paired.items_needed_paired(difference, discordance)
     assert n == paired.items_needed_paired(-difference, discordance)
-    more, less = (discordance + difference) / 2, (discordance - difference) / 2
+    assert 0.795 < power_of_mcnemar(n, difference, discordance) < 0.815
+    assert paired.detectable_paired(n, discordance) == pytest.approx(difference, rel=0.01)
     random = np.random.default_rng(n)
-    found = random.multinomial(n, [more, less, 1 - discordance], 400)
+    found = random.multinomial(
+        n, [(discordance + s * difference) / 2 for s in (1, -1)] + [1 - discordance], 400
+    )
     shown = sum(paired.mcnemar(int(wins), int(losses)) <= 0.05 for wins, losses, _ in found)
     assert within(shown, 400, 0.8), shown
-    assert paired.detectable_paired(n, discordance) == pytest.approx(difference, rel=0.01)
 
 
 def test_power_of_means():
