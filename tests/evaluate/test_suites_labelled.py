@@ -10,9 +10,9 @@ import torch
 import yaml
 from tests.small_checkpoints import bert, llama, signs, write_jsonl
 
-from modicum.errors import ConfigError
+from modicum.errors import ConfigError, DataError
 from modicum.evaluate.perplexity import _spans
-from modicum.evaluate.protocols import check
+from modicum.evaluate.protocols import Subject, check
 from modicum.evaluate.records import Records
 from modicum.evaluate.run_suite import run_suite
 from modicum.evaluate.suites import load_suite
@@ -70,6 +70,40 @@ def test_a_classifier(tmp_path, classifier):
     records = Records.read(tmp_path / "out" / "a.parquet")
     order = [int(name.rpartition(":")[2]) - 1 for name in records.column("item")]
     np.testing.assert_allclose(records.column("loss"), np.array(losses)[order], rtol=1e-4)
+
+
+def test_heads_of_several_adapters_on_one_base(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    signs(tmp_path / "a.jsonl", 25)
+    suite = suite_of(tmp_path, "classifier", a=classes())
+    adapters = [str(tmp_path / name) for name in ("x", "y")]
+    for seed, adapter in enumerate(adapters):
+        torch.manual_seed(seed)
+        config = LoraConfig(
+            r=2, target_modules=["query"], modules_to_save=["classifier"], task_type="SEQ_CLS"
+        )
+        model = get_peft_model(load_base(str(bert()), "seq_cls", num_labels=2), config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_()
+        model.save_pretrained(adapter)
+
+    def go(output, **options):
+        results = run_suite(suite, str(bert()), data_dir=tmp_path, output=output, **options)
+        return [result.tasks["a"].metrics["accuracy"].value for result in results]
+
+    together = go(tmp_path / "both", adapters=adapters)
+    losses = []
+    for adapter in adapters:
+        go(tmp_path / "alone" / adapter[-1], adapters=[adapter])
+        pair = [Records.read(tmp_path / where / adapter[-1] / "a.parquet") for where in ("both", "alone")]
+        losses.append(pair[0].column("loss"))
+        np.testing.assert_allclose(losses[-1], pair[1].column("loss"), rtol=1e-6)
+    assert not np.allclose(*losses)
+    # the head that the base lacks is drawn anew at every load, and still it is the same base
+    assert go(tmp_path / "both", adapters=adapters, resume=True) == together
 
 
 def test_a_regression(tmp_path):
@@ -155,6 +189,17 @@ def test_a_part_of_a_text_says_nothing_per_word(tmp_path):
     (result,) = run_suite(suite, str(llama()), data_dir=tmp_path, output=tmp_path / "out", limit=2)
     assert list(result.tasks["a"].metrics) == ["perplexity"]
     assert result.tasks["a"].metrics["perplexity"].n == 63 + 32
+
+
+def test_a_text_of_one_token_cannot_be_predicted(tmp_path):
+    from copy import deepcopy
+
+    model, tokenizer = load_base(str(llama())), deepcopy(load_tokenizer(str(llama())))
+    tokenizer.backend_tokenizer.post_processor = None  # which puts a start mark in front
+    (tmp_path / "a.txt").write_text("a", encoding="utf-8")
+    (task,) = check(suite_of(tmp_path, "perplexity", a={"data": "a", "window": 64}), tmp_path).tasks
+    with pytest.raises(DataError, match="no text has two tokens"):
+        task.bind(Subject(model, tokenizer, "small", None, ""))
 
 
 def test_windows_that_cannot_be(tmp_path):

@@ -224,6 +224,8 @@ def test_the_command(suite, tmp_path, capsys):
         (["--suite", "math", "--data", "x"], "leave out --data"),
         (["--resume", "--model", "m", "--data", "d"], "go with --suite"),
         (["--adapter", "a", "--adapter", "b", "--model", "m", "--data", "d"], "on suites only"),
+        (["--data", "d"], "--model: it must be given"),
+        (["--suite", "math", "--protocol", "lm-eval", "--model", "m"], "--output: it must be given"),
         (["--suite", "glue", "--data-dir", "none", "--validate"], "cola: no data none/glue/cola/dev"),
     ],
 )

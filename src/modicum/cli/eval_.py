@@ -98,7 +98,7 @@ def run(
 
 def _given(value: Any, option: str) -> Any:
     if value is None:
-        raise typer.BadParameter(f"Missing option '{option}'.")
+        raise typer.BadParameter("it must be given", param_hint=option)
     return value
 
 

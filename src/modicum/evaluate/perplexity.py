@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from modicum.data.checks import Faults, require_columns, text_of
 from modicum.data.language import special_prefix
 from modicum.data.options import Section
-from modicum.errors import ConfigError
+from modicum.errors import ConfigError, DataError
 from modicum.evaluate import metrics as formulas
 from modicum.evaluate.intervals import Measure, bootstrap
 from modicum.evaluate.protocols import EvaluationTask, Subject, fingerprint, item_ids
@@ -92,6 +92,8 @@ class Task(EvaluationTask):
             for number, (begin, scored) in enumerate(_spans(len(ids), window, stride)):
                 self._windows.append((ids[begin : scored[1]], scored[1] - scored[0]))
                 self.ids.append(f"{name}#{number}")
+        if not self.ids:
+            raise DataError(f"{self.name}: no text has two tokens, and the first of a text is not predicted")
         self._windows, self.ids = self._windows[: self._limit], self.ids[: self._limit]
 
     def run(self, subject: Subject, done: Records, batch_size: int) -> Iterator[list[Item]]:

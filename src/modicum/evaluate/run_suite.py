@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from modicum._version import __version__
 from modicum.errors import ConfigError, DataError, listing
 from modicum.evaluate.load import adapted, placed
@@ -175,7 +177,9 @@ def _subjects(
         )
     kind, num_labels = kinds.pop()
     tokenizer = load_tokenizer(model)
-    with quiet_transformers():
+    with quiet_transformers(), torch.random.fork_rng():
+        # a head that the checkpoint lacks is drawn, and a drawn one must not make every base another one
+        torch.manual_seed(0)
         base = placed(load_base(model, kind, dtype=dtype, num_labels=num_labels, tokenizer=tokenizer))
     digest = _fingerprint(base)
     if not adapters:
@@ -190,8 +194,6 @@ def _subjects(
 
 def _fingerprint(model: Any) -> str:
     """A digest (32 hexadecimal digits) over all weights of a model without adapter, rounded to bfloat16."""
-    import torch
-
     total = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if not isinstance(tensor, torch.Tensor):
