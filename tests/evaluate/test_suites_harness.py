@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tests.small_checkpoints import write_jsonl
+from peft import get_peft_model
+from tests.cli.adapter_files import run
+from tests.small_checkpoints import llama, write_jsonl
 
+import modicum
 from modicum.errors import MissingExtraError
 from modicum.evaluate import harness
 from modicum.evaluate.harness_rows import SETS
@@ -46,9 +49,8 @@ def go(suite, folder, **options):
     return run_suite(suite, "embedded", data_dir=folder, output=folder / "out", batch_size=8, **options)
 
 
-def log_likelihoods(context, continuations):
+def log_likelihoods(context, continuations, model, tokenizer):
     """Summed nats of each continuation after the context, computed by hand."""
-    model, tokenizer = load_base("embedded"), load_tokenizer("embedded")
     before, found = tokenizer(context)["input_ids"], []
     for continuation in continuations:
         ids = tokenizer(context + continuation)["input_ids"]
@@ -73,8 +75,13 @@ def test_records_agree_with_the_library_and_with_a_direct_computation(tmp_path):
         assert metrics[name].value == pytest.approx(theirs[f"{name},none"])
         half = 1.959964 * theirs[f"{name}_stderr,none"]
         assert metrics[name].high - metrics[name].value == pytest.approx(half, rel=1e-5)
+    model, tokenizer = load_base("embedded"), load_tokenizer("embedded")
     for row, one in zip(rows[:3], records.items, strict=False):
-        scores = log_likelihoods(f"Question: {row['question']}\nAnswer:", [f" {c}" for c in row["choices"]])
+        question, choices = (
+            f"Question: {row['question']}\nAnswer:",
+            [f" {choice}" for choice in row["choices"]],
+        )
+        scores = log_likelihoods(question, choices, model, tokenizer)
         assert one.loss == pytest.approx(-scores[row["label"]], rel=1e-4)
         assert one.prediction == row["choices"][int(np.argmax(scores))]
         assert one.reference == row["choices"][row["label"]]
@@ -115,6 +122,32 @@ def library_alone(rows, folder):
         manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(folder))
         found = simple_evaluate(wrapped, tasks=["arc_easy"], task_manager=manager)
     return {"results": found["results"]["arc_easy"], "samples": found["samples"]["arc_easy"]}
+
+
+def test_an_adapter_on_a_quantized_base(tmp_path, capsys):
+    quantized = str(tmp_path / "q")
+    made = run(capsys, "quantize", llama(), "--output", quantized, "--algorithm", "rtn",
+               "--group-size", 16, "--sequence-length", 24)  # fmt: skip
+    assert made.code == 0, made.err
+    model = get_peft_model(
+        load_base(quantized), modicum.LoraXSConfig(r=4, target_modules=["q_proj", "down_proj"])
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.fill_(0.5)
+    model.save_pretrained(tmp_path / "adapter")
+    rows = rows_of(2)
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    options = {"data_dir": tmp_path, "output": tmp_path / "out", "adapters": [str(tmp_path / "adapter")]}
+    run_suite(suite_of(tmp_path, arc_easy={"data": "a"}), quantized, **options)
+    for row, one in zip(rows, Records.read(tmp_path / "out" / "arc_easy.parquet").items, strict=True):
+        question, answer = f"Question: {row['question']}\nAnswer:", f" {row['choices'][row['label']]}"
+        tokenizer = load_tokenizer(quantized)
+        (score,) = log_likelihoods(question, [answer], model.eval(), tokenizer)
+        assert one.loss == pytest.approx(-score, rel=1e-4)
+        with model.disable_adapter():
+            assert log_likelihoods(question, [answer], model, tokenizer)[0] != pytest.approx(score, rel=1e-2)
 
 
 def test_finished_tasks_are_not_run_again(tmp_path, monkeypatch):

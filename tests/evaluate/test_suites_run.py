@@ -104,7 +104,7 @@ def test_no_answer_is_reported(suite, tmp_path):
     assert not any(one.matched for one in Records.read(tmp_path / "out" / "t.parquet").items)
 
 
-def test_an_interrupted_run_is_continued(suite, tmp_path, monkeypatch):
+def test_an_interrupted_run_is_continued(suite, tmp_path, monkeypatch, said):
     whole = Task.run
 
     def interrupted(self, subject, done, batch_size):
@@ -127,6 +127,8 @@ def test_an_interrupted_run_is_continued(suite, tmp_path, monkeypatch):
     again = Records.read(tmp_path / "out" / "u.parquet")
     assert again.complete
     assert sum(one.prediction == "kept" for one in again.items) == 3
+    others = [one for one in again.items if one.prediction != "kept"]
+    assert [one.prediction for one in others] == [said[int(one.item[2:])] for one in others]
 
 
 def test_a_limit_is_raised_later(suite, tmp_path):
