@@ -59,6 +59,9 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the records in the output folder.")
     ] = False,
+    adapters_at_once: Annotated[
+        int, typer.Option("--adapters-at-once", min=1, help="Adapters of a suite that share batches.")
+    ] = 16,
     validate: Annotated[
         bool, typer.Option("--validate", help="Check the suite and its data; run nothing.")
     ] = False,
@@ -74,7 +77,7 @@ def run(
         run_suites(
             suite, protocol, only, data_dir, as_json, model=_given(model, "--model"),
             output=_given(output, "--output"), adapters=adapter or (), limit=limit, resume=resume,
-            batch_size=batch_size, dtype=dtype,
+            batch_size=batch_size, adapters_at_once=adapters_at_once, dtype=dtype,
         )  # fmt: skip
         return
     if protocol or only or limit or output or resume or validate:

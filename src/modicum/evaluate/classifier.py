@@ -15,12 +15,13 @@ from modicum.data.options import DataOptions, Section
 from modicum.errors import ConfigError, listing
 from modicum.evaluate import metrics as formulas
 from modicum.evaluate.intervals import Measure, bootstrap, wilson
+from modicum.evaluate.mixing import in_order
 from modicum.evaluate.protocols import EvaluationTask, Subject, fingerprint, item_ids
 from modicum.evaluate.records import Item, Records
 from modicum.evaluate.suites import task_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from modicum.data.files import Rows
@@ -80,31 +81,33 @@ class Task(EvaluationTask):
             task.notes.append(f"no item has the label {listing(never)}")
         return task
 
-    def run(self, subject: Subject, done: Records, batch_size: int) -> Iterator[list[Item]]:
+    def run(
+        self, subject: Subject, done: Sequence[Records], batch_size: int
+    ) -> Iterator[list[tuple[int, Item]]]:
         """See `EvaluationTask.run`."""
         regression = self.kind == "regression"
         data = encode_labelled(
             self._rows, _reading(self.options), subject.tokenizer, self.num_labels, regression=regression
         )
         assert data.targets is not None
-        lengths = data.lengths
-        todo = [index for index, name in enumerate(self.ids) if name not in done]
-        todo.sort(key=lambda index: -lengths[index])
+        rows = self.missing(done)
+        order = in_order([data.lengths[index] for _, index in rows], [place for place, _ in rows])
         pad = Collator(subject.tokenizer.pad_token_id)
-        for at in range(0, len(todo), batch_size):
-            chosen = todo[at : at + batch_size]
-            batch = pad([{"input_ids": data[index]["input_ids"]} for index in chosen])
+        for at in range(0, len(order), batch_size):
+            chosen = [rows[number] for number in order[at : at + batch_size]]
+            batch = pad([{"input_ids": data[index]["input_ids"]} for _, index in chosen])
+            routed = subject.routed(place for place, _ in chosen)
             with torch.no_grad():
                 moved = {name: tensor.to(subject.model.device) for name, tensor in batch.items()}
-                logits = subject.model(**moved).logits.float().cpu().numpy()
-            targets = [data.targets[index].item() for index in chosen]
+                logits = subject.model(**moved, **routed).logits.float().cpu().numpy()
             yield [
-                self._item(self.ids[index], row, target)
-                for index, row, target in zip(chosen, logits, targets, strict=True)
+                (place, self._item(self.ids[index], row, data.targets[index].item()))
+                for (place, index), row in zip(chosen, logits, strict=True)
             ]
 
-    def metrics(self, records: Records) -> dict[str, Measure]:
+    def metrics(self, records: Records, details: Mapping[str, Any]) -> dict[str, Measure]:
         """The metrics that the suite names."""
+        del details
         predicted, labels = (records.column(name).astype(float) for name in ("prediction", "reference"))
         formula: dict[str, Any] = {
             "f1": lambda x, y: formulas.f1(x, y, self.options.labels),

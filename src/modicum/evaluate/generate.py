@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modicum.data.encoded import Collator
+from modicum.evaluate.mixing import in_order
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -43,11 +44,13 @@ def completions(
     max_new_tokens: int,
     num_beams: int = 1,
     batch_size: int = 16,
+    adapter_names: Sequence[str] | None = None,
 ) -> Iterator[dict[int, str]]:
     """The completions of one batch after the other: index of the prompt and its text, special tokens stripped.
 
     Without sampling: the likeliest token at each step, or the likeliest of `num_beams` sequences. Prompts of
-    similar length share a batch, the longest first, so that memory runs out at once or never.
+    similar length share a batch, the longest first, so that memory runs out at once or never. `adapter_names`: which
+    adapter of the model answers each prompt; all are answered by the active one without.
     """
     from transformers import GenerationConfig
 
@@ -61,7 +64,7 @@ def completions(
         bos_token_id=tokenizer.bos_token_id,
     )
     pad = Collator(tokenizer.pad_token_id, left=True)
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    order = in_order([len(prompt) for prompt in prompts], adapter_names)
     was_training = model.training
     model.eval()
     try:
@@ -70,7 +73,13 @@ def completions(
             batch = pad([{"input_ids": prompts[index]} for index in chosen])
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             width = batch["input_ids"].shape[1]
-            output = model.generate(**batch, generation_config=config)
+            # every beam is a row of the batch
+            routed = (
+                {"adapter_names": [adapter_names[index] for index in chosen for _ in range(num_beams)]}
+                if adapter_names
+                else {}
+            )
+            output = model.generate(**batch, **routed, generation_config=config)
             decoded = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
             yield {index: text.strip() for index, text in zip(chosen, decoded, strict=True)}
     finally:

@@ -20,6 +20,7 @@ from pydantic import Field
 
 from modicum.data.options import Section
 from modicum.errors import ConfigError, MissingExtraError, did_you_mean
+from modicum.evaluate.harness_model import library_model
 from modicum.evaluate.harness_rows import SETS, HarnessSet, converted
 from modicum.evaluate.intervals import CONFIDENCE, Measure, wilson
 from modicum.evaluate.protocols import EvaluationTask, Subject, fingerprint, item_ids
@@ -27,7 +28,7 @@ from modicum.evaluate.records import Item, Records
 from modicum.evaluate.suites import task_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
 
@@ -63,7 +64,7 @@ class Task(EvaluationTask):
         self.decoding = {"num_fewshot": first.config.num_fewshot or 0, "version": str(first.VERSION)}
         if first.OUTPUT_TYPE == "generate_until":
             self.decoding["generation"] = dict(first.config.generation_kwargs)
-        self._details: dict[str, Any] = {}
+        self._details: dict[int, dict[str, Any]] = {}
 
     @classmethod
     def prepare(
@@ -99,49 +100,49 @@ class Task(EvaluationTask):
             )
         return cls(name, options, built)
 
-    def run(self, subject: Subject, done: Records, batch_size: int) -> Iterator[list[Item]]:
-        """See `EvaluationTask.run`; all items at once."""
-        if done.complete:
+    def run(
+        self, subject: Subject, done: Sequence[Records], batch_size: int
+    ) -> Iterator[list[tuple[int, Item]]]:
+        """See `EvaluationTask.run`; all items of an adapter at once."""
+        self._details = {}
+        places = [place for place, records in enumerate(done) if not records.complete]
+        if not places:
             return
-        evaluator, models = _library("evaluator"), _library("models.huggingface")
+        evaluator = _library("evaluator")
         with _quietly(bars=sys.stderr.isatty()):
-            wrapped = models.HFLM(
-                pretrained=subject.model,
-                tokenizer=subject.tokenizer,
-                backend="causal",
-                batch_size=batch_size,
-            )
-            for task in self._built.values():
-                task.set_fewshot_seed(_EXAMPLE_SEED)
-            found = evaluator.evaluate(wrapped, {"tasks": dict(self._built), "groups": {}, "group_map": {}})
-        self._details = {
-            "library": f"lm_eval {_library().__version__}",
-            "results": _plain(found["results"]),
-            "versions": _plain(found["versions"]),
-            "n-shot": _plain(found["n-shot"]),
-        }
-        items = [
-            _item(task, sample, wrapped, SETS[self.options.task or self.name].subject)
-            for key, task in self._built.items()
-            for sample in _first_filter(found["samples"][key])
-        ]
-        yield [one for one in items if one.item not in done]
+            wrapped = library_model(_library("models.huggingface").HFLM, subject, places, batch_size)
+        for place in places:
+            with _quietly(bars=sys.stderr.isatty()):
+                wrapped.answer_for(place)
+                for task in self._built.values():
+                    task.set_fewshot_seed(_EXAMPLE_SEED)
+                found = evaluator.evaluate(
+                    wrapped, {"tasks": dict(self._built), "groups": {}, "group_map": {}}
+                )
+            self._details[place] = {
+                "library": f"lm_eval {_library().__version__}",
+                "results": _plain(found["results"]),
+                "versions": _plain(found["versions"]),
+                "n-shot": _plain(found["n-shot"]),
+            }
+            items = [
+                _item(task, sample, wrapped, SETS[self.options.task or self.name].subject)
+                for key, task in self._built.items()
+                for sample in _first_filter(found["samples"][key])
+            ]
+            yield [(place, one) for one in items if one.item not in done[place]]
 
-    def metrics(self, records: Records) -> dict[str, Measure]:
+    def metrics(self, records: Records, details: Mapping[str, Any]) -> dict[str, Measure]:
         """The library's metrics with its standard errors as intervals; accuracy alone for partial records."""
-        results = self._details.get("results")
+        results = details.get("results")
         if not results or not records.complete:
             hits = sum(one.correct or 0 for one in records.items)
             return {"acc": wilson(hits, len(records))}
         return _pooled(list(results.values()), [len(task.eval_docs) for task in self._built.values()])
 
-    def details(self) -> dict[str, Any]:
+    def details(self, place: int) -> dict[str, Any]:
         """The library's version, results with standard errors, task versions and numbers of examples."""
-        return self._details
-
-    def restore(self, details: Mapping[str, Any]) -> None:
-        """See `EvaluationTask.restore`."""
-        self._details = dict(details)
+        return self._details.get(place, {})
 
 
 def _build(

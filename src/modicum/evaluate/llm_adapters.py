@@ -25,7 +25,7 @@ from modicum.evaluate.records import Item, Records
 from modicum.evaluate.suites import task_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from modicum.data.files import Rows
@@ -98,20 +98,30 @@ class Task(EvaluationTask):
         if long and note not in self.notes:
             self.notes.append(note)
 
-    def run(self, subject: Subject, done: Records, batch_size: int) -> Iterator[list[Item]]:
+    def run(
+        self, subject: Subject, done: Sequence[Records], batch_size: int
+    ) -> Iterator[list[tuple[int, Item]]]:
         """See `EvaluationTask.run`."""
-        todo = [index for index, name in enumerate(self.ids) if name not in done]
+        rows = self.missing(done)
         start = special_prefix(subject.tokenizer)
-        texts = [self._prompts[index] for index in todo]
+        texts = [self._prompts[index] for _, index in rows]
         ids = subject.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
         prompts = [start + prompt for prompt in ids]
+        names = subject.routed(place for place, _ in rows).get("adapter_names")
         for batch in completions(
-            subject.model, subject.tokenizer, prompts, batch_size=batch_size, **self.decoding
+            subject.model,
+            subject.tokenizer,
+            prompts,
+            batch_size=batch_size,
+            adapter_names=names,
+            **self.decoding,
         ):
-            yield [self._item(todo[at], text) for at, text in batch.items()]
+            found = [(*rows[at], text) for at, text in batch.items()]
+            yield [(place, self._item(index, text)) for place, index, text in found]
 
-    def metrics(self, records: Records) -> dict[str, Measure]:
+    def metrics(self, records: Records, details: Mapping[str, Any]) -> dict[str, Measure]:
         """Accuracy; the shares of items with an answer (`matched`), found elsewhere than wanted, and empty."""
+        del details
         n = len(records)
         how = records.slice_of(FOUND)
         right = [bool(one.correct) for one in records.items]

@@ -13,8 +13,8 @@ from modicum.data.labelled import count_labels
 from modicum.data.options import TASKS, DataOptions, Task
 from modicum.data.prepare import encode
 from modicum.errors import ConfigError, did_you_mean
-from modicum.models.loading import load_adapted, load_base, load_tokenizer, quiet_transformers
-from modicum.store.files import load_adapter
+from modicum.evaluate.mixing import adapted
+from modicum.models.loading import load_base, load_tokenizer, quiet_transformers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,11 +62,6 @@ def load_for_evaluation(
         base = load_base(model, kind, dtype=cast("Any", dtype), num_labels=num_labels, tokenizer=tokenizer)
         carrying = adapted(base, adapter) if adapter else base
     return Loaded(placed(carrying), tokenizer, encoded, kind)
-
-
-def adapted(base: Any, adapter: str) -> Any:
-    """`base` with the adapter in a compact record or a PEFT folder."""
-    return load_adapter(base, adapter) if Path(adapter).is_file() else load_adapted(base, adapter)
 
 
 def data_options(overrides: Sequence[str]) -> DataOptions:

@@ -8,7 +8,7 @@ token depends on the tokenizer; per word, exp(nats / words), and bits per byte d
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from modicum.evaluate.records import Item, Records
 from modicum.evaluate.suites import task_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
 VERSION = "1"
@@ -96,27 +96,31 @@ class Task(EvaluationTask):
             raise DataError(f"{self.name}: no text has two tokens, and the first of a text is not predicted")
         self._windows, self.ids = self._windows[: self._limit], self.ids[: self._limit]
 
-    def run(self, subject: Subject, done: Records, batch_size: int) -> Iterator[list[Item]]:
+    def run(
+        self, subject: Subject, done: Sequence[Records], batch_size: int
+    ) -> Iterator[list[tuple[int, Item]]]:
         """See `EvaluationTask.run`."""
-        todo = [index for index, name in enumerate(self.ids) if name not in done]
-        by_length: dict[int, list[int]] = {}
-        for index in todo:  # windows of one length need no padding; all but the last of a text have the same
-            by_length.setdefault(len(self._windows[index][0]), []).append(index)
+        by_length: dict[int, list[tuple[int, int]]] = {}
+        for place, index in self.missing(done):
+            # windows of one length need no padding; all but the last of a text have the same
+            by_length.setdefault(len(self._windows[index][0]), []).append((place, index))
         for same in by_length.values():
             for at in range(0, len(same), batch_size):
                 chosen = same[at : at + batch_size]
-                ids = torch.tensor([self._windows[index][0] for index in chosen], device=subject.model.device)
+                windows = [self._windows[index] for _, index in chosen]
+                ids = torch.tensor([tokens for tokens, _ in windows], device=subject.model.device)
+                routed = subject.routed(place for place, _ in chosen)
                 with torch.no_grad():
-                    logits = subject.model(input_ids=ids).logits[:, :-1].float()
+                    logits = subject.model(input_ids=ids, **routed).logits[:, :-1].float()
                 losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").double()
-                counts = [self._windows[index][1] for index in chosen]
                 yield [
-                    Item(self.ids[index], loss=row[-count:].sum().item(), tokens=count)
-                    for index, row, count in zip(chosen, losses, counts, strict=True)
+                    (place, Item(self.ids[index], loss=row[-count:].sum().item(), tokens=count))
+                    for (place, index), row, (_, count) in zip(chosen, losses, windows, strict=True)
                 ]
 
-    def metrics(self, records: Records) -> dict[str, Measure]:
+    def metrics(self, records: Records, details: Mapping[str, Any]) -> dict[str, Measure]:
         """Perplexity per token, and per word and byte once every window of the whole text is recorded."""
+        del details
         sums = np.stack([records.column("loss"), records.column("tokens")], 1)
         tokens = int(sums[:, 1].sum())
         found = bootstrap(sums, lambda rows: formulas.perplexity(rows[:, 0].sum() / rows[:, 1].sum()))

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from modicum.errors import ConfigError, DataError, did_you_mean
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from modicum.data.files import Rows
@@ -33,13 +33,21 @@ PROTOCOLS: dict[str, str] = {
 
 @dataclass
 class Subject:
-    """What is evaluated: a model on its device with its tokenizer, and how records name it."""
+    """What is evaluated: a model on its device with its tokenizer, and how records name it.
+
+    `routes`: the names of its adapters where several share batches; empty where there is one at most. Rows belong
+    to adapters by their place among these.
+    """
 
     model: Any
     tokenizer: Any
     name: str
-    adapter: str | None
     base_fingerprint: str
+    routes: tuple[str, ...] = ()
+
+    def routed(self, owners: Iterable[int]) -> dict[str, list[str]]:
+        """What the model must be told with a batch whose rows belong to the adapters `owners`."""
+        return {"adapter_names": [self.routes[owner] for owner in owners]} if self.routes else {}
 
 
 class EvaluationTask(ABC):
@@ -77,22 +85,37 @@ class EvaluationTask(ABC):
         """
 
     @abstractmethod
-    def run(self, subject: Subject, done: Records, batch_size: int) -> Iterator[list[Item]]:
-        """The items that are not yet in `done`, as they are finished, a batch at a time."""
+    def run(
+        self, subject: Subject, done: Sequence[Records], batch_size: int
+    ) -> Iterator[list[tuple[int, Item]]]:
+        """The items that are not yet in `done`, as they are finished, a batch at a time.
+
+        `done` has records for each adapter of `subject`; every item comes with the place of its adapter there.
+        """
 
     @abstractmethod
-    def metrics(self, records: Records) -> dict[str, Measure]:
-        """The metrics of complete or partial records, the main one first."""
+    def metrics(self, records: Records, details: Mapping[str, Any]) -> dict[str, Measure]:
+        """The metrics of complete or partial records and what `details` said of them, the main one first."""
 
     def bind(self, subject: Subject) -> None:  # noqa: B027, most tasks have no use for it
         """Settle in place what depends on the subject: the items of a text depend on its tokenizer."""
 
-    def details(self) -> dict[str, Any]:
-        """What a finished run has to say beyond its items, in plain JSON types; kept beside the records."""
+    def details(self, place: int) -> dict[str, Any]:
+        """What the last run has to say of the adapter at `place` beyond its items, in plain JSON types.
+
+        Kept beside the records, which may be evaluated again without a run.
+        """
+        del place  # most tasks have nothing to say
         return {}
 
-    def restore(self, details: Mapping[str, Any]) -> None:  # noqa: B027, most tasks have no use for it
-        """Take back in place the `details` of an earlier run that is not repeated."""
+    def missing(self, done: Sequence[Records]) -> list[tuple[int, int]]:
+        """(adapter, item) by their places, of all that is not yet in `done`."""
+        return [
+            (place, index)
+            for place, records in enumerate(done)
+            for index, name in enumerate(self.ids)
+            if name not in records
+        ]
 
 
 @dataclass

@@ -13,7 +13,8 @@ import torch
 
 from modicum._version import __version__
 from modicum.errors import ConfigError, DataError, listing
-from modicum.evaluate.load import adapted, placed
+from modicum.evaluate.load import placed
+from modicum.evaluate.mixing import AT_ONCE, check_heads, groups, leaves_base, put_on, taken_off
 from modicum.evaluate.protocols import EvaluationTask, Subject, check, version_of
 from modicum.evaluate.records import SUFFIX, Header, Records, digest_of
 from modicum.models.loading import load_base, load_tokenizer, quiet_transformers
@@ -76,13 +77,15 @@ def run_suite(
     limit: int | None = None,
     resume: bool = False,
     batch_size: int = 16,
+    adapters_at_once: int = AT_ONCE,
     dtype: str = "auto",
     advance: Advance | None = None,
 ) -> list[SuiteResult]:
-    """The results of `suite` for `model`, or for each of `adapters` on it in turn; the base is loaded once.
+    """The results of `suite` for `model`, or for each of `adapters` on it; the base is loaded once.
 
     `output` receives `TASK.parquet` (see `Records`) and `summary.json`, with several adapters in a folder for each.
     With `resume`, items that are recorded there already are not run again. `limit`: only so many items of each task.
+    Up to `adapters_at_once` adapters are on the base together and share batches, where `mixing.groups` lets them.
 
     Raises:
         ConfigError, DataError: what is wrong with the suite, its data or the output; all of it, before the model is
@@ -92,15 +95,12 @@ def run_suite(
     folders = _folders(output, adapters)
     for folder, adapter in folders.items():
         _check_output(folder, suite, version_of(suite.protocol), model, adapter, resume)
-    results = []
-    for subject, folder in zip(_subjects(model, tasks, adapters, dtype), folders, strict=True):
-        found = {task.name: _run(task, suite, subject, folder, batch_size, advance) for task in tasks}
-        result = SuiteResult(
-            suite.name, suite.protocol, version_of(suite.protocol), model, subject.adapter, limit, found
-        )
-        write_text(folder / "summary.json", json.dumps(result.as_dict(), indent=1) + "\n")
-        results.append(result)
-    return results
+    runs = [_Run(folder, adapter) for folder, adapter in folders.items()]
+    evaluation = _Evaluation(suite, tasks, model, limit, batch_size, advance)
+    results: dict[int, SuiteResult] = {}
+    for subject, places in _subjects(evaluation, adapters, runs, adapters_at_once, dtype):
+        results |= zip(places, evaluation.results(subject, [runs[place] for place in places]), strict=True)
+    return [results[place] for place in range(len(runs))]
 
 
 def checked(suite: Suite, data_dir: Path, limit: int | None = None) -> list[EvaluationTask]:
@@ -115,60 +115,134 @@ def checked(suite: Suite, data_dir: Path, limit: int | None = None) -> list[Eval
     return found.tasks
 
 
-def _run(
-    task: EvaluationTask,
-    suite: Suite,
-    subject: Subject,
-    folder: Path,
-    batch_size: int,
-    advance: Advance | None,
-) -> TaskResult:
-    task.bind(subject)
-    path, beside = folder / f"{task.name}{SUFFIX}", folder / f"{task.name}.json"
-    header = Header(
-        protocol=suite.protocol,
-        protocol_version=version_of(suite.protocol),
-        suite=suite.name,
-        task=task.name,
-        template=task.template,
-        model=subject.name,
-        adapter=subject.adapter,
-        base_fingerprint=subject.base_fingerprint,
-        items=digest_of(task.ids),
-        decoding=task.decoding,
-        created_with=f"modicum {__version__}",
-    )
-    records = Records.read(path).resumed(header, task.ids) if path.exists() else Records(header)
-    if beside.is_file():
-        task.restore(json.loads(beside.read_text(encoding="utf-8")))
-    _report(advance, len(records))
-    last = time.monotonic()
-    try:
-        for items in task.run(subject, records, batch_size):
-            records.append(items)
-            _report(advance, len(items))
-            if time.monotonic() - last >= _SAVE_EVERY:
-                records.write(path)
-                last = time.monotonic()
-    except BaseException:
-        records.write(path)
-        raise
-    details = task.details()
-    if details:
-        write_text(beside, json.dumps(details, indent=1) + "\n")
-    records.write(path)
-    return TaskResult(len(records), task.metrics(records), task.notes, details)
+@dataclass(frozen=True)
+class _Run:
+    """Where the records of one adapter (`PATH@digest`, None for the base alone) go."""
+
+    folder: Path
+    adapter: str | None
 
 
-def _report(advance: Advance | None, items: int) -> None:
-    if advance is not None and items:
-        advance(items)
+@dataclass(frozen=True)
+class _Evaluation:
+    """What is the same for all adapters."""
+
+    suite: Suite
+    tasks: Sequence[EvaluationTask]
+    model: str
+    limit: int | None
+    batch_size: int
+    advance: Advance | None
+
+    def results(self, subject: Subject, runs: Sequence[_Run]) -> list[SuiteResult]:
+        """The results of the adapters of `subject`, whose records `runs` name; what is recorded is not run again."""
+        found = {task.name: self._task(task, subject, runs) for task in self.tasks}
+        results = []
+        for place, run in enumerate(runs):
+            tasks = {name: several[place] for name, several in found.items()}
+            version = version_of(self.suite.protocol)
+            result = SuiteResult(
+                self.suite.name, self.suite.protocol, version, self.model, run.adapter, self.limit, tasks
+            )
+            write_text(run.folder / "summary.json", json.dumps(result.as_dict(), indent=1) + "\n")
+            results.append(result)
+        return results
+
+    def records(self, task: EvaluationTask, run: _Run, base_fingerprint: str) -> Records:
+        """What is recorded of a task that is bound to its subject, perhaps nothing."""
+        header = Header(
+            protocol=self.suite.protocol,
+            protocol_version=version_of(self.suite.protocol),
+            suite=self.suite.name,
+            task=task.name,
+            template=task.template,
+            model=self.model,
+            adapter=run.adapter,
+            base_fingerprint=base_fingerprint,
+            items=digest_of(task.ids),
+            decoding=task.decoding,
+            created_with=f"modicum {__version__}",
+        )
+        path = run.folder / f"{task.name}{SUFFIX}"
+        return Records.read(path).resumed(header, task.ids) if path.exists() else Records(header)
+
+    def _task(self, task: EvaluationTask, subject: Subject, runs: Sequence[_Run]) -> list[TaskResult]:
+        task.bind(subject)
+        done = [self.records(task, run, subject.base_fingerprint) for run in runs]
+        self._report(sum(map(len, done)))
+        last = time.monotonic()
+        try:
+            for items in task.run(subject, done, self.batch_size):
+                for place in dict.fromkeys(place for place, _ in items):
+                    done[place].append(item for whose, item in items if whose == place)
+                self._report(len(items))
+                if time.monotonic() - last >= _SAVE_EVERY:
+                    _save(task, runs, done)
+                    last = time.monotonic()
+        finally:
+            _save(task, runs, done)
+        results = []
+        for run, records in zip(runs, done, strict=True):
+            beside = _beside(task, run)
+            details = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+            results.append(
+                TaskResult(len(records), task.metrics(records, details), list(task.notes), details)
+            )
+        return results
+
+    def _report(self, items: int) -> None:
+        if self.advance is not None and items:
+            self.advance(items)
+
+
+def _save(task: EvaluationTask, runs: Sequence[_Run], done: Sequence[Records]) -> None:
+    for place, (run, records) in enumerate(zip(runs, done, strict=True)):
+        if details := task.details(place):
+            write_text(_beside(task, run), json.dumps(details, indent=1) + "\n")
+        records.write(run.folder / f"{task.name}{SUFFIX}")
+
+
+def _beside(task: EvaluationTask, run: _Run) -> Path:
+    return run.folder / f"{task.name}.json"
 
 
 def _subjects(
-    model: str, tasks: Sequence[EvaluationTask], adapters: Sequence[str], dtype: Any
-) -> Iterator[Subject]:
-    """`model` with each adapter in turn, or alone; an adapter is taken off before the next is put on."""
+    evaluation: _Evaluation, adapters: Sequence[str], runs: Sequence[_Run], at_once: int, dtype: Any
+) -> Iterator[tuple[Subject, list[int]]]:
+    """The model with those adapters that share batches, or with one, or alone, and their places among `runs`.
+
+    Adapters are taken off before others are put on, and those whose items are all recorded stay off.
+    """
+    name = evaluation.model
+    base, tokenizer = _load_base(evaluation, dtype)
+    check_heads(base, name, adapters)
+    bare = Subject(base, tokenizer, name, _fingerprint(base))
+    if not adapters:
+        yield bare, [0]
+        return
+    for task in evaluation.tasks:
+        task.bind(bare)
+    left = [
+        place
+        for place, run in enumerate(runs)
+        if not all(evaluation.records(task, run, bare.base_fingerprint).complete for task in evaluation.tasks)
+    ]
+    finished = [place for place in range(len(runs)) if place not in left]
+    if finished:
+        yield bare, finished
+    for group in groups([adapters[place] for place in left], base, at_once):
+        places = [left[index] for index in group]
+        carrying, routes = put_on(base, [adapters[place] for place in places])
+        yield Subject(placed(carrying), tokenizer, name, bare.base_fingerprint, routes), places
+        base = taken_off(carrying)
+        if not all(leaves_base(adapters[place]) for place in places):
+            # the next adapter must not stand on what this one has left behind
+            base = base if _fingerprint(base) == bare.base_fingerprint else _load_base(evaluation, dtype)[0]
+
+
+def _load_base(evaluation: _Evaluation, dtype: Any) -> tuple[Any, Any]:
+    """The model without adapters, on its device, and its tokenizer."""
+    tasks, model = evaluation.tasks, evaluation.model
     kinds = {(task.kind, task.num_labels) for task in tasks}
     if len(kinds) > 1:
         names = listing([task.name for task in tasks], 10)
@@ -181,15 +255,7 @@ def _subjects(
         # a head that the checkpoint lacks is drawn, and a drawn one must not make every base another one
         torch.manual_seed(0)
         base = placed(load_base(model, kind, dtype=dtype, num_labels=num_labels, tokenizer=tokenizer))
-    digest = _fingerprint(base)
-    if not adapters:
-        yield Subject(base, tokenizer, model, None, digest)
-        return
-    for adapter in adapters:
-        with quiet_transformers():
-            carrying = placed(adapted(base, adapter)).eval()
-        yield Subject(carrying, tokenizer, model, _with_digest(adapter), digest)
-        base = carrying.unload()
+    return base, tokenizer
 
 
 def _fingerprint(model: Any) -> str:

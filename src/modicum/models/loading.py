@@ -35,7 +35,8 @@ def load_base(
 ) -> Any:
     """The base model for `task` (causal_lm, seq_cls or regression), on the CPU, in evaluation mode.
 
-    A classification head that the checkpoint lacks is drawn from torch's global generator: seed it first.
+    A classification head that the checkpoint lacks is drawn from torch's global generator: seed it first. The
+    names of drawn tensors are the model's `drawn_tensors`.
     The dtype 'auto' is that of the checkpoint on a GPU and float32 without one, where 16 bits are slower.
     With `tokenizer`, its pad token becomes the model's, which classification of batches needs. A quantized
     checkpoint is loaded so that any adapter can be trained on it, PEFT's included.
@@ -74,7 +75,9 @@ def load_base(
     _check_missing(name_or_path, info["missing_keys"], task)
     if tokenizer is not None and tokenizer.pad_token_id is not None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    return prepare_model(model.eval())
+    model = prepare_model(model.eval())
+    vars(model)["drawn_tensors"] = tuple(sorted(info["missing_keys"]))
+    return model
 
 
 def load_tokenizer(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -103,8 +106,10 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = None, trust_remo
     return tokenizer
 
 
-def load_adapted(base: Any, adapter: str | Path) -> Any:
-    """`base` carrying the saved adapter at `adapter` (a PEFT folder), in evaluation mode.
+def load_adapted(base: Any, adapter: str | Path, *, name: str = "default") -> Any:
+    """`base` carrying the saved adapter at `adapter` (a PEFT folder) as `name`, in evaluation mode.
+
+    A PEFT model gets one adapter more and is returned itself.
 
     Raises:
         ConfigError: no adapter there.
@@ -113,17 +118,28 @@ def load_adapted(base: Any, adapter: str | Path) -> Any:
 
     from modicum.adapters import registry
 
-    folder = Path(adapter)
-    if not (folder / "adapter_config.json").is_file():
-        inner = folder / "adapter"
-        if not (inner / "adapter_config.json").is_file():
-            raise ConfigError(f"no adapter in {folder}: it holds no adapter_config.json")
-        folder = inner
+    folder = adapter_folder(adapter)
     if json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"].startswith(
         "MODICUM_"
     ):
         registry.register()
-    return PeftModel.from_pretrained(base, folder).eval()
+    if isinstance(base, PeftModel):
+        base.load_adapter(folder, name)
+        return base.eval()
+    return PeftModel.from_pretrained(base, folder, adapter_name=name).eval()
+
+
+def adapter_folder(adapter: str | Path) -> Path:
+    """The PEFT folder at `adapter`: the folder itself, or `adapter` in that of a run.
+
+    Raises:
+        ConfigError: no adapter there.
+    """
+    folder = Path(adapter)
+    for place in (folder, folder / "adapter"):
+        if (place / "adapter_config.json").is_file():
+            return place
+    raise ConfigError(f"no adapter in {folder}: it holds no adapter_config.json")
 
 
 def resolve(name_or_path: str) -> str:
