@@ -99,7 +99,7 @@ def _arm(folder: Path, forms: list[str], seeds: list[int]) -> dict[str, Any] | N
         "stored_bytes": summary["stored_bytes"]["weights"],
         # of a median step: what else ran on the machine stopped some runs for minutes
         "step_seconds": [report["timing"]["seconds_per_step_median"] for report in reports],
-        "peak_rss_bytes": max(report["memory"]["peak_rss_bytes"] for report in reports),
+        "peak_rss_bytes": max(report["resources"]["peak_memory_bytes"] for report in reports),
         "searches": [
             {key: search[key] for key in ("best", "whole", "space_size")}
             | {"points": len(search["points"]), "first": search["points"][0]["values"]}

@@ -59,7 +59,10 @@ def test_a_run_leaves_adapter_report_recipe_and_card(tmp_path):
     trained = sum(tensor.numel() for tensor in weights(result.folder).values())
     assert report["trained_values"] == {"adapter": trained, "head": 0, "total": trained}
     assert report["stored_bytes"]["weights"] == (result.adapter / "adapter_model.safetensors").stat().st_size
-    assert report["memory"]["peak_rss_bytes"] > 2**20
+    used = report["resources"]
+    assert used["seconds"] >= report["timing"]["setup_seconds"] + report["timing"]["train_seconds"]
+    assert used["peak_memory_bytes"] > 2**20
+    assert used["cpu_seconds"] > 0
     assert report["timing"]["steps"] == 6
     assert report["timing"]["tokens_per_second"] > 0
     assert report["recipe_digest"] == make_recipe(recipe_values(tmp_path)).digest()
@@ -106,6 +109,44 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, task, 
     assert resumed.report["timing"]["resumed_from"] == "checkpoint-3"
     assert_same(weights(whole.folder), weights(resumed.folder))
     assert resumed.metrics == whole.metrics
+
+
+def test_a_resumed_run_takes_what_all_its_attempts_took(tmp_path, monkeypatch):
+    recipe = make_recipe(recipe_values(tmp_path))
+    for step in (2, 4):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step)
+            with pytest.raises(StopError):
+                tune(recipe, resume=True)
+    log = recipe.folder / "checkpoints" / "resources-0.json"
+    legs = json.loads(log.read_text())["legs"]
+    assert len(legs) == 2
+    # as if the attempts had been long ones
+    for leg in legs:
+        leg["seconds"] += 1000.0
+        leg["cpu_seconds"] += 2000.0
+    log.write_text(json.dumps({"legs": legs}))
+    used = tune(recipe, resume=True).report["resources"]
+    before = sum(leg["seconds"] for leg in legs)
+    assert before < used["seconds"] < before + 500
+    assert used["cpu_seconds"] > sum(leg["cpu_seconds"] for leg in legs)
+    assert used["peak_memory_bytes"] >= max(leg["peak_memory_bytes"] for leg in legs)
+    # what is thrown away is not counted
+    assert tune(recipe, overwrite=True).report["resources"]["seconds"] < before
+
+
+def test_what_a_killed_run_took_is_on_disk_with_its_checkpoints(tmp_path, monkeypatch):
+    from modicum.train.callbacks import ResourceLog
+
+    # as a process ends that is killed: nothing runs any more
+    monkeypatch.setattr(ResourceLog, "__exit__", lambda self, *error: None)
+    recipe = make_recipe(changed(recipe_values(tmp_path), tmp_path / "run", save_steps=2, eval_steps=2))
+    stop_at(monkeypatch, 4)
+    with pytest.raises(StopError):
+        tune(recipe)
+    legs = json.loads((recipe.folder / "checkpoints" / "resources-0.json").read_text())["legs"]
+    assert len(legs) == 1
+    assert legs[0]["seconds"] > 0
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -217,7 +258,7 @@ def test_a_full_disk_in_a_checkpoint_keeps_the_last_whole_one(tmp_path, monkeypa
         patch.setattr(Trainer, "_save_rng_state", save)
         with pytest.raises(ModicumError, match="the disk is full"):
             tune(recipe)
-    assert [entry.name for entry in (recipe.folder / "checkpoints").iterdir()] == ["checkpoint-3"]
+    assert [entry.name for entry in (recipe.folder / "checkpoints").glob("checkpoint-*")] == ["checkpoint-3"]
     assert tune(recipe, resume=True).report["steps"] == 9
 
 

@@ -13,6 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from modicum.evaluate.resources import reset_peaks
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -41,7 +43,8 @@ class Peak:
     def __enter__(self) -> Self:
         if self._cuda:
             torch.cuda.synchronize(self._device)
-            torch.cuda.reset_peak_memory_stats(self._device)
+            # not the device's own reset, which would take the peak from those who measure around this
+            reset_peaks()
             self._before = torch.cuda.memory_allocated(self._device)
         else:
             self._live.__enter__()

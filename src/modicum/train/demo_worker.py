@@ -37,18 +37,19 @@ _BATCH = 50
 
 def train(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Train as the recipe says, save the adapter as one file, and measure it in memory."""
+    from modicum.evaluate.resources import resident_peak
     from modicum.train.methods import trained_values
-    from modicum.train.run import load, memory
+    from modicum.train.run import load
     from modicum.train.trainer import build_trainer
 
     loaded = load(recipe)
     trainer = build_trainer(recipe, loaded.model, loaded.data, loaded.tokenizer.pad_token_id, folder)
-    start = memory()["peak_rss_bytes"]
+    start = resident_peak()
     began = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - began
     # before measuring, which needs memory of its own
-    peak = memory()["peak_rss_bytes"]
+    peak = resident_peak()
     saved = save_adapter(
         loaded.model, folder / RECORD, dtype="float32", recipe_digest=recipe.digest(), overwrite=True
     )

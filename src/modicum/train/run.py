@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import platform
 import shutil
-import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modicum.data.prepare import Prepared, prepare
@@ -19,7 +17,9 @@ from modicum.train.methods import BASELINES, FULL, apply_method, trained_values
 from modicum.train.recipe import Recipe, make_recipe
 
 if TYPE_CHECKING:
-    from modicum.train.callbacks import Meter, Show
+    from pathlib import Path
+
+    from modicum.train.callbacks import ResourceLog, Show
     from modicum.train.trainer import TwoRateTrainer
 
 
@@ -91,17 +91,39 @@ def run_one(
     title: str = "",
 ) -> TuneResult:
     """The finished single run of `recipe`; see `tune`. Without `use_test` the test rows stay unseen."""
-    from modicum.train.callbacks import Meter, Progress
-    from modicum.train.trainer import build_trainer
+    from modicum.train.callbacks import ResourceLog
 
     folder = recipe.folder
     finished = claim(recipe, resume=resume, overwrite=overwrite)
     if finished is not None:
         return TuneResult(folder, finished, reused=True)
-    loaded = load(recipe, data)
+    with ResourceLog(folder, process_state(recipe)) as used:
+        loaded = load(recipe, data)
+        trainer, timing = _train(recipe, loaded, used, show, title)
+        metrics = {
+            "before": _before(trainer, loaded.data.validation),
+            "validation": _validation(trainer, loaded.data.validation),
+            "test": measure(trainer, loaded.data.test) if use_test else None,
+        }
+    report = _report(recipe, loaded, trainer, timing, metrics)
+    report["resources"] = used.total()
+    if trainer.is_world_process_zero():
+        _save(recipe, loaded, report, folder)
+    trainer.accelerator.wait_for_everyone()
+    return TuneResult(folder, artifacts.read_json(folder / artifacts.REPORT) or report)
+
+
+def _train(
+    recipe: Recipe, loaded: Loaded, used: ResourceLog, show: Show, title: str
+) -> tuple[TwoRateTrainer, dict[str, Any]]:
+    """The trainer of a run whose training is over, and the run's timing."""
+    from modicum.train.callbacks import Meter, Progress
+    from modicum.train.trainer import build_trainer
+
+    folder = recipe.folder
     checkpoint = artifacts.last_checkpoint(folder)
     meter, progress = Meter(), Progress(show, title)
-    callbacks = [meter] if show == "none" else [meter, progress]
+    callbacks = [meter, used] if show == "none" else [meter, used, progress]
     trainer = build_trainer(
         recipe, loaded.model, loaded.data, loaded.tokenizer.pad_token_id, folder, callbacks
     )
@@ -119,19 +141,12 @@ def run_one(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         progress.close()
-    seconds = time.perf_counter() - began
-    metrics = {
-        "before": _before(trainer, loaded.data.validation),
-        "validation": _validation(trainer, loaded.data.validation),
-        "test": measure(trainer, loaded.data.test) if use_test else None,
+    return trainer, {
+        **meter.summary(),
+        "setup_seconds": loaded.setup_seconds,
+        "train_seconds": time.perf_counter() - began,
+        "resumed_from": checkpoint.name if checkpoint else None,
     }
-    report = _report(recipe, loaded, trainer, meter, metrics)
-    report["timing"] |= {"setup_seconds": loaded.setup_seconds, "train_seconds": seconds}
-    report["timing"]["resumed_from"] = checkpoint.name if checkpoint else None
-    if trainer.is_world_process_zero():
-        _save(recipe, loaded, report, folder)
-    trainer.accelerator.wait_for_everyone()
-    return TuneResult(folder, artifacts.read_json(folder / artifacts.REPORT) or report)
 
 
 def load(recipe: Recipe, data: Prepared | None = None) -> Loaded:
@@ -316,7 +331,7 @@ def _save(recipe: Recipe, loaded: Loaded, report: dict[str, Any], folder: Path) 
 
 
 def _report(
-    recipe: Recipe, loaded: Loaded, trainer: TwoRateTrainer, meter: Meter, metrics: dict[str, Any]
+    recipe: Recipe, loaded: Loaded, trainer: TwoRateTrainer, timing: dict[str, Any], metrics: dict[str, Any]
 ) -> dict[str, Any]:
     history = trainer.state.log_history
     losses = [entry["train_loss"] for entry in history if "train_loss" in entry]
@@ -336,30 +351,11 @@ def _report(
         "best_step": trainer.state.best_global_step,
         "history": [entry for entry in history if "loss" in entry or "eval_loss" in entry],
         "data": loaded.data.describe(),
-        "timing": meter.summary(),
-        "memory": memory(),
+        "timing": timing,
+        "resources": None,
         "processes": trainer.args.world_size,
         "device": str(trainer.args.device),
         "versions": versions(),
-    }
-
-
-def memory() -> dict[str, int | None]:
-    """Peak bytes of this process: resident, and on the GPU (None without one)."""
-    import torch
-
-    status = Path("/proc/self/status")
-    if status.is_file():  # Linux; its ru_maxrss would also hold the peak of the process that started this one
-        resident = 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
-    elif sys.platform == "darwin":
-        import resource
-
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    else:
-        resident = None
-    return {
-        "peak_rss_bytes": resident,
-        "peak_cuda_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
     }
 
 
