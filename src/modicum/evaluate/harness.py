@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 VERSION = "1"
 #: the seed from which the library draws examples unless it is told another
 _EXAMPLE_SEED = 1234
+#: the tokens that the library generates at most unless a task says otherwise
+_NEW_TOKENS = 256
 _INVALID = "[invalid]"
 
 
@@ -99,6 +101,16 @@ class Task(EvaluationTask):
                 f"fewer examples than num_fewshot wants: {', '.join(short)}; name rows with `examples`"
             )
         return cls(name, options, built)
+
+    def bind(self, subject: Subject) -> None:
+        """See `EvaluationTask.bind`: an answer that is generated must leave room for its question."""
+        positions = getattr(subject.model.config, "max_position_embeddings", None)
+        new = self.decoding.get("generation", {}).get("max_gen_toks", _NEW_TOKENS)
+        if "generation" in self.decoding and positions and new >= positions:
+            raise ConfigError(
+                f"{self.name}: up to {new} new tokens, but {subject.name} has {positions} positions; this task needs a "
+                "model with more"
+            )
 
     def run(
         self, subject: Subject, done: Sequence[Records], batch_size: int
