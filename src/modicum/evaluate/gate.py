@@ -143,14 +143,15 @@ def _metric(options: kinds.MetricLimit, make: Callable[..., Verdict]) -> Verdict
     )
     value = float(items.values["new"].sum() / items.weights.sum())
     value = perplexity(value) if options.metric == "perplexity" else value
-    least, most = options.at_least, options.at_most
-    return make(
-        passed=value >= least if least is not None else value <= (most or 0.0),
+    least = options.at_least is not None
+    return _limited(
+        make,
+        value,
+        (options.at_least if least else options.at_most) or 0.0,
         shown=f"{options.metric} {shown(value, options.metric)} ({len(items):,} items)",
-        limit_shown=_limit(options, lambda limit: shown(limit, options.metric)),
-        measured=value,
-        limit=least if least is not None else most,
+        word=lambda limit: shown(limit, options.metric),
         unit=options.metric,
+        least=least,
     )
 
 
@@ -160,13 +161,8 @@ def _size(options: kinds.Size, make: Callable[..., Verdict]) -> Verdict:
         raise DataError(f"nothing at {path}")
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     total = sum(file.stat().st_size for file in files)
-    return make(
-        passed=total <= options.at_most,
-        shown=f"{total:,} bytes",
-        limit_shown=f"at most {options.at_most:,.0f} bytes",
-        measured=total,
-        limit=options.at_most,
-        unit="bytes",
+    return _limited(
+        make, total, options.at_most, shown=f"{total:,} bytes", word=lambda n: f"{n:,.0f} bytes", unit="bytes"
     )
 
 
@@ -177,13 +173,8 @@ def _latency(options: kinds.LatencyLimit, make: Callable[..., Verdict]) -> Verdi
     value = float(np.quantile(seconds, q))
     words = f"{options.of} of {name}, {options.quantile} of {len(seconds)} turns: {value * 1e3:.3g} ms"
     if options.at_most is not None:
-        return make(
-            passed=value <= options.at_most,
-            shown=words,
-            limit_shown=f"at most {options.at_most * 1e3:.3g} ms",
-            measured=value,
-            limit=options.at_most,
-            unit="seconds",
+        return _limited(
+            make, value, options.at_most, shown=words, word=lambda s: f"{s * 1e3:.3g} ms", unit="seconds"
         )
     limit = options.at_most_times_baseline
     assert limit is not None
@@ -259,13 +250,15 @@ def _sparsity(options: kinds.Sparsity, make: Callable[..., Verdict]) -> Verdict:
     found = _inspected(options.model)
     if found.sparsity is None:
         raise DataError(f"{options.model} has no linear layers whose zeros could be counted")
-    return make(
-        passed=found.sparsity >= options.at_least,
-        shown=f"{found.sparsity:.2%} zeros in {len(found.layers)} linear layers",
-        limit_shown=f"at least {options.at_least:.2%}",
-        measured=found.sparsity,
-        limit=options.at_least,
+    said = f"{found.sparsity:.2%} zeros in {len(found.layers)} linear layers"
+    return _limited(
+        make,
+        found.sparsity,
+        options.at_least,
+        shown=said,
+        word="{:.2%}".format,
         unit="share of zeros",
+        least=True,
     )
 
 
@@ -273,13 +266,35 @@ def _parameters(options: kinds.Parameters, make: Callable[..., Verdict]) -> Verd
     found = _inspected(options.model)
     if found.parameters is None:
         raise DataError(f"{options.model} is in a format whose parameters cannot be counted ({found.kind})")
-    return make(
-        passed=found.parameters <= options.at_most,
-        shown=f"{found.parameters:,} parameters",
-        limit_shown=f"at most {options.at_most:,.0f}",
-        measured=found.parameters,
-        limit=options.at_most,
+    said = f"{found.parameters:,} parameters"
+    return _limited(
+        make,
+        found.parameters,
+        options.at_most,
+        shown=said,
+        word="{:,.0f}".format,
         unit="parameters",
+    )
+
+
+def _limited(
+    make: Callable[..., Verdict],
+    measured: float,
+    limit: float,
+    *,
+    shown: str,
+    word: Callable[[float], str],
+    unit: str,
+    least: bool = False,
+) -> Verdict:
+    """The verdict on a number that must be at most, or at least, the limit that `word` writes."""
+    return make(
+        passed=measured >= limit if least else measured <= limit,
+        shown=shown,
+        limit_shown=f"at {'least' if least else 'most'} {word(limit)}",
+        measured=measured,
+        limit=limit,
+        unit=unit,
     )
 
 
@@ -304,12 +319,6 @@ def _chosen(parts: dict[str, Aligned | None], task: str | None, metric: str) -> 
             f"no task {task!r} with {metric}{did_you_mean(task, known)}; there are {', '.join(known)}"
         )
     return part
-
-
-def _limit(options: kinds.MetricLimit, word: Callable[[float], str]) -> str:
-    if options.at_least is not None:
-        return f"at least {word(options.at_least)}"
-    return f"at most {word(options.at_most or 0.0)}"
 
 
 def _task(options: Any) -> str:
