@@ -1,0 +1,1 @@
+"""Comparisons: methods × ranks × compressions × seeds on one task, every learning rate swept."""
