@@ -45,6 +45,18 @@ class DataError(ModicumError, ValueError):
     """Training or evaluation data is missing, empty or lacks a column."""
 
 
+class StoreError(ModicumError, RuntimeError):
+    """A store is missing, busy, full, damaged or of another format."""
+
+
+class NotStoredError(StoreError, LookupError):
+    """A store has no such name, version, alias or tag."""
+
+
+class ConflictError(StoreError):
+    """Somebody else changed first what was to be changed."""
+
+
 class MissingExtraError(ModicumError, ImportError):
     """An optional dependency is not installed; the message names the extra."""
 

@@ -185,10 +185,8 @@ def decode(data: bytes | memoryview) -> Record:
         CorruptAdapterError: any damage: not a record, a newer format, cut short, changed bits, numbers that
             are not finite.
     """
-    header = _read_header(data)
+    header = _checked_header(data)
     body = memoryview(data)[HEADER_BYTES:]
-    if _digest(data[:_FRONT], body) != header.digest:
-        raise CorruptAdapterError(f"the record is damaged: its check sum does not match; {_AGAIN}")
     about, tensors, sections = _read_description(body[: header.packed], header)
     start = _pad(header.packed)
     values = np.frombuffer(body, VALUE_DTYPES[header.dtype], header.values, start)
@@ -198,6 +196,15 @@ def decode(data: bytes | memoryview) -> Record:
     )  # fmt: skip
     _check_numbers(record)
     return record
+
+
+def digest(data: bytes | memoryview) -> bytes:
+    """The 32-byte digest of the record in `data`, recomputed; what the bytes mean is not looked at.
+
+    Raises:
+        CorruptAdapterError: not a record, or any bit of it changed.
+    """
+    return _checked_header(data).digest
 
 
 def peek(source: bytes | str | Path) -> Header:
@@ -248,6 +255,13 @@ class _Front:
     @property
     def value_bytes(self) -> int:
         return self.values * VALUE_DTYPES[self.dtype].itemsize
+
+
+def _checked_header(data: bytes | memoryview) -> _Front:
+    header = _read_header(data)
+    if _digest(data[:_FRONT], memoryview(data)[HEADER_BYTES:]) != header.digest:
+        raise CorruptAdapterError(f"the record is damaged: its check sum does not match; {_AGAIN}")
+    return header
 
 
 def _read_header(data: bytes | memoryview, total: int | None = None) -> _Front:

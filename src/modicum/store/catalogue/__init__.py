@@ -1,0 +1,1 @@
+"""The meaning of the adapter store: names, versions, aliases, labels, lineage and the audit log."""

@@ -1,0 +1,1 @@
+"""Bytes and transactions of the adapter store: what a backend is, and the embedded one."""

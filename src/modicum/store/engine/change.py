@@ -1,0 +1,197 @@
+"""Views of the embedded backend, and changes: rows in a SQLite transaction, objects behind the end of a segment."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from modicum.errors import CorruptAdapterError
+from modicum.store.engine.interface import MovedError, Payload, Stored
+from modicum.store.engine.segments import FRAME_BYTES, START, framed
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Iterable, Sequence
+
+    from modicum.store.engine.segments import Segment, Segments
+
+#: bytes put together for one write
+_WRITE = 1 << 26
+_PLACE = "SELECT digest, segment, start, size FROM objects WHERE id = ?"
+
+
+class View:
+    """A consistent view of the rows, and the objects they name."""
+
+    def __init__(self, db: sqlite3.Connection, segments: Segments, held: dict[int, Segment]) -> None:
+        """`held`: segments that are open already and may have been unlinked since."""
+        self._db, self._segments, self._held = db, segments, held
+
+    def rows(self, query: str, *values: Any) -> list[tuple]:
+        """All rows of a query."""
+        return self._db.execute(query, values).fetchall()
+
+    def load(self, objects: Sequence[int]) -> list[Stored]:
+        """The objects with these numbers, in this order, unchecked."""
+        places = [self._place(number) for number in objects]
+        if len(places) > 1:  # the disk may fetch them side by side
+            for _, segment, start, size in places:
+                os.posix_fadvise(
+                    self._segment(segment).handle, start, FRAME_BYTES + size, os.POSIX_FADV_WILLNEED
+                )
+        return [
+            Stored(digest, self._segment(segment).read(start, size))
+            for digest, segment, start, size in places
+        ]
+
+    def _place(self, number: int) -> tuple[bytes, int, int, int]:
+        found = self._db.execute(_PLACE, (number,)).fetchone()
+        if found is None:
+            raise CorruptAdapterError(
+                f"the index names no object {number}; run verify, and restore the store from a backup"
+            )
+        return found
+
+    def _segment(self, number: int) -> Segment:
+        return self._held.get(number) or self._segments.get(number)
+
+
+class EmbeddedChange(View):
+    """The one change of a moment; its owner begins and ends the transaction."""
+
+    def __init__(self, db: sqlite3.Connection, segments: Segments, segment_bytes: int) -> None:
+        super().__init__(db, segments, {})
+        self._segment_bytes = segment_bytes
+        #: segment -> catalogued end before this change, 0 for a new one
+        self._before: dict[int, int] = {}
+
+    def run(self, query: str, *values: Any) -> int:
+        """How many rows the statement changed."""
+        return self._db.execute(query, values).rowcount
+
+    def run_many(self, query: str, rows: Iterable[tuple]) -> None:
+        """Returns when the statement ran for every one of `rows`."""
+        self._db.executemany(query, rows)
+
+    def add(self, payloads: Sequence[Payload]) -> list[int]:
+        """The number of each object, with one use more; what is new is on the disk."""
+        known: dict[bytes, int] = {}
+        fresh: list[Payload] = []
+        following = self.rows("SELECT coalesce(max(id), 0) + 1 FROM objects")[0][0]
+        for payload in payloads:
+            if payload.digest in known:
+                continue
+            found = self.rows("SELECT id FROM objects WHERE digest = ?", payload.digest)
+            if found and self._same(found[0][0], payload.data):
+                known[payload.digest] = found[0][0]
+            elif found:  # damaged: this is the moment to have it whole again
+                known[payload.digest] = found[0][0]
+                self.move([(found[0][0], payload.data)])
+            else:
+                known[payload.digest] = following + len(fresh)
+                fresh.append(payload)
+        self.run_many(
+            "INSERT INTO objects(id, digest, segment, start, size, uses) VALUES (?, ?, ?, ?, ?, 0)",
+            (
+                (known[payload.digest], payload.digest, segment, start, len(payload.data))
+                for payload, (segment, start) in zip(fresh, self.write([p.data for p in fresh]), strict=True)
+            ),
+        )
+        numbers = [known[payload.digest] for payload in payloads]
+        uses = ((times, number) for number, times in Counter(numbers).items())
+        self.run_many("UPDATE objects SET uses = uses + ? WHERE id = ?", uses)
+        return numbers
+
+    def drop(self, objects: Iterable[int]) -> int:
+        """Bytes of the objects that have no use left after one less for each time that `objects` names them."""
+        freed = 0
+        for number, times in Counter(objects).items():
+            self.run("UPDATE objects SET uses = uses - ? WHERE id = ?", times, number)
+            if self.rows("SELECT uses FROM objects WHERE id = ?", number)[0][0] <= 0:
+                freed += self._bury(number)
+                self.run("DELETE FROM objects WHERE id = ?", number)
+        return freed
+
+    def erase(self, digests: Iterable[bytes]) -> int:
+        """Bytes of dead objects with these digests, which are to be overwritten from now on."""
+        wanted = set(digests)
+        found = self.rows("SELECT id, digest, size FROM dead WHERE erase = 0")
+        hit = [(number, size) for number, digest, size in found if digest in wanted]
+        self.run_many("UPDATE dead SET erase = 1 WHERE id = ?", ((number,) for number, _ in hit))
+        return sum(size for _, size in hit)
+
+    def erased(self, places: Iterable[int]) -> None:
+        """Returns when the places are listed as overwritten."""
+        self.run_many("UPDATE dead SET erase = 2 WHERE id = ?", ((number,) for number in places))
+
+    def write(self, objects: Sequence[bytes]) -> list[tuple[int, int]]:
+        """(segment, start) of each of the objects, in the last segment or in new ones; they are on the disk."""
+        places: list[tuple[int, int]] = []
+        number, end = self._last()
+        batch: list[bytes] = []
+        size = 0
+        for data in objects:
+            full = end + size + framed(len(data)) > self._segment_bytes and end + size > START
+            if batch and (full or size >= _WRITE):
+                places += self._append(number, end, batch)
+                batch, end, size = [], end + size, 0
+            if full:
+                number, end = self.start_segment()
+            batch.append(data)
+            size += framed(len(data))
+        return places + self._append(number, end, batch) if batch else places
+
+    def start_segment(self) -> tuple[int, int]:
+        """The number and the end of a new, last segment."""
+        number = self._db.execute("INSERT INTO segments(size) VALUES (?)", (START,)).lastrowid
+        assert number is not None
+        self._before[number] = 0
+        return number, self._segments.create(number)
+
+    def move(self, objects: Sequence[tuple[int, bytes]]) -> None:
+        """Returns when the objects (number, data) lie in the last segment and their old places are nobody's."""
+        for number, _ in objects:
+            self._bury(number)
+        places = self.write([data for _, data in objects])
+        self.run_many(
+            "UPDATE objects SET segment = ?, start = ?, size = ? WHERE id = ?",
+            ((*place, len(data), number) for place, (number, data) in zip(places, objects, strict=True)),
+        )
+
+    def undo(self) -> None:
+        """Returns when segments end where they did; the best that can be done if the disk refuses."""
+        for number, end in self._before.items():
+            with contextlib.suppress(OSError):
+                if end:
+                    os.truncate(self._segments.path(number), end)
+                else:
+                    self._segments.unlink(number)
+
+    def _append(self, number: int, end: int, objects: list[bytes]) -> list[tuple[int, int]]:
+        self._before.setdefault(number, end)
+        starts = self._segments.append(number, end, objects)
+        self.run(
+            "UPDATE segments SET size = ? WHERE id = ?",
+            end + sum(framed(len(data)) for data in objects),
+            number,
+        )
+        return [(number, start) for start in starts]
+
+    def _last(self) -> tuple[int, int]:
+        found = self.rows("SELECT id, size FROM segments ORDER BY id DESC LIMIT 1")
+        return found[0] if found else self.start_segment()
+
+    def _bury(self, number: int) -> int:
+        digest, segment, start, size = self._place(number)
+        self.run(
+            "INSERT INTO dead(digest, segment, start, size) VALUES (?, ?, ?, ?)", digest, segment, start, size
+        )
+        return size
+
+    def _same(self, number: int, data: bytes) -> bool:
+        try:
+            return self.load([number])[0].data == data
+        except (CorruptAdapterError, MovedError):
+            return False

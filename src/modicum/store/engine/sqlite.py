@@ -1,0 +1,250 @@
+"""The embedded backend: rows in SQLite, objects in segment files; see docs/design/store.md."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import threading
+import weakref
+from typing import TYPE_CHECKING, final
+
+from modicum.errors import StoreError
+from modicum.store.engine import checking, maintenance
+from modicum.store.engine.change import EmbeddedChange, View
+from modicum.store.engine.interface import MovedError
+from modicum.store.engine.segments import Segments
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from modicum.store.engine.interface import Compacted
+
+INDEX, FOLDER = "index.sqlite", "segments"
+FORMAT = 1
+#: bytes after which a segment is full
+SEGMENT_BYTES = 1 << 30
+_APPLICATION = 0x6D6F6463
+_TABLES = """
+CREATE TABLE settings(key TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE segments(id INTEGER PRIMARY KEY AUTOINCREMENT, size INTEGER NOT NULL);
+CREATE TABLE objects(
+    id INTEGER PRIMARY KEY, digest BLOB NOT NULL UNIQUE, segment INTEGER NOT NULL, start INTEGER NOT NULL,
+    size INTEGER NOT NULL, uses INTEGER NOT NULL);
+CREATE TABLE dead(
+    id INTEGER PRIMARY KEY AUTOINCREMENT, digest BLOB NOT NULL, segment INTEGER NOT NULL, start INTEGER NOT NULL,
+    size INTEGER NOT NULL, erase INTEGER NOT NULL DEFAULT 0);
+"""
+#: connections that belong to a parent process; closing one there would harm the parent
+_inherited: list[sqlite3.Connection] = []
+
+
+@final
+class Embedded:
+    """A store in one folder of this machine, for any number of processes and threads."""
+
+    def __init__(self, folder: Path, *, timeout: float = 60.0) -> None:
+        """Open the store in `folder`; a writer waits `timeout` seconds for others.
+
+        Raises:
+            StoreError: there is none, it is damaged, or of a newer format.
+        """
+        self.folder, self.location, self.timeout = folder, str(folder), timeout
+        self._mine, self._closed = threading.local(), False
+        self._all: weakref.WeakSet[_Connection] = weakref.WeakSet()
+        if not (folder / INDEX).is_file():
+            raise StoreError(f"no store in {folder}: name its folder, or make one with create=True")
+        with self.said():
+            settings = dict(self.connection().execute("SELECT key, value FROM settings"))
+            found = settings.get("format")
+            if found != FORMAT:
+                self.close()
+                newer = isinstance(found, int) and found > FORMAT
+                raise StoreError(
+                    f"{folder} has format {found!r}, this modicum knows {FORMAT}: "
+                    + ("upgrade modicum" if newer else "restore the store from a backup")
+                )
+            self.segments = Segments(folder / FOLDER, settings["store"])
+            self.segment_bytes: int = settings["segment_bytes"]
+
+    @classmethod
+    def create(cls, folder: Path, tables: str, segment_bytes: int = SEGMENT_BYTES) -> None:
+        """Make an empty store with the catalogue's `tables` in `folder`, as a whole or not at all.
+
+        Of several that do so at once, one makes it. An existing one is left alone.
+
+        Raises:
+            StoreError: the folder holds something else.
+        """
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = folder.with_name(f".{folder.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+        maintenance.make_folder(aside)
+        maintenance.make_folder(aside / FOLDER)
+        try:
+            os.close(os.open(aside / INDEX, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+            with contextlib.closing(connect(aside / INDEX, 1.0)) as db:
+                db.executescript(f"BEGIN; {_TABLES} {tables} COMMIT;")
+                settings = {"format": FORMAT, "store": os.urandom(4), "segment_bytes": segment_bytes}
+                db.executemany("INSERT INTO settings VALUES (?, ?)", settings.items())
+                db.execute(f"PRAGMA application_id={_APPLICATION}")
+            maintenance.publish_folder(aside, folder, INDEX)
+        finally:
+            maintenance.remove_folder(aside)
+
+    @contextlib.contextmanager
+    def snapshot(self, *, pinned: bool = False) -> Iterator[View]:
+        """A view for some reads; a `pinned` one has a connection of its own and holds all segments open."""
+        with self.said(), contextlib.ExitStack() as stack:
+            if pinned:
+                db = stack.enter_context(contextlib.closing(connect(self.folder / INDEX, self.timeout)))
+            else:
+                db = self.connection()
+            db.execute("BEGIN")
+            try:
+                yield View(db, self.segments, self._hold(db) if pinned else {})
+            finally:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+
+    def _hold(self, db: sqlite3.Connection) -> dict:
+        while True:
+            try:
+                return {n: self.segments.get(n) for (n,) in db.execute("SELECT id FROM segments").fetchall()}
+            except MovedError:  # compacted away between the two lines; look again
+                db.execute("ROLLBACK")
+                db.execute("BEGIN")
+
+    @contextlib.contextmanager
+    def change(self) -> Iterator[EmbeddedChange]:
+        """The one change of this moment; acknowledged when the block ends without an error."""
+        with self.said():
+            db = self.connection()
+            db.execute("BEGIN IMMEDIATE")
+            change = EmbeddedChange(db, self.segments, self.segment_bytes)
+            try:
+                yield change
+            except BaseException:
+                change.undo()  # while the lock is held: the next writer appends there
+                if db.in_transaction:  # SQLite itself has rolled back if the disk is full
+                    db.execute("ROLLBACK")
+                raise
+            try:
+                db.execute("COMMIT")
+            except BaseException:
+                # what was written behind the end of the segment is left to the next writer
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
+
+    def erase(self) -> dict[int, int]:
+        """Place -> bytes of every place that was waiting to be overwritten and now is, the WAL included."""
+        with self.said(), maintenance.alone(self):
+            return maintenance.erase(self)
+
+    def compact(self, dead: float = 0.5) -> Compacted:
+        """What was rewritten: segments of which more than the share `dead` is used by nobody."""
+        with self.said(), maintenance.alone(self):
+            return maintenance.compact(self, dead)
+
+    def check(self, report: Callable[[str], None], progress: Callable[[int], None] | None = None) -> int:
+        """Bytes of objects read and compared with their digests; every fault is reported in words."""
+        return checking.check(self, report, progress)
+
+    def backup(self, target: Path) -> int:
+        """Bytes written to the new folder `target`: this store as of one moment."""
+        with self.said(), maintenance.alone(self):
+            return maintenance.backup(self, target)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes on disk by part."""
+        parts = {"segments": 0, "index": 0, "log": 0}
+        for file in (self.folder / FOLDER).iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                parts["segments"] += file.stat().st_size
+        for part, name in {"index": INDEX, "log": f"{INDEX}-wal"}.items():
+            with contextlib.suppress(FileNotFoundError):
+                parts[part] += (self.folder / name).stat().st_size
+        return parts
+
+    def close(self) -> None:
+        """Returns when no file is held open any more."""
+        self._closed = True
+        for connection in list(self._all):
+            connection.close()
+        if hasattr(self, "segments"):
+            self.segments.close()
+
+    def connection(self) -> sqlite3.Connection:
+        """The connection of this thread in this process."""
+        if self._closed:
+            raise StoreError(f"{self.location} has been closed; open it again")
+        mine = getattr(self._mine, "connection", None)
+        if mine is None or mine.process != os.getpid():
+            mine = self._mine.connection = _Connection(self.folder / INDEX, self.timeout)
+            self._all.add(mine)
+        return mine.db
+
+    @contextlib.contextmanager
+    def said(self) -> Iterator[None]:
+        """Turns what SQLite and the system say into words that help."""
+        try:
+            yield
+        except (sqlite3.DatabaseError, OSError) as error:
+            raise StoreError(self._advice(error)) from error
+
+    def _advice(self, error: Exception) -> str:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            return (
+                f"{self.location} is busy: another process has been changing it for {self.timeout:g} seconds; "
+                "wait, or see which one has index.sqlite open (fuser, lsof)"
+            )
+        if code == sqlite3.SQLITE_FULL or getattr(error, "errno", None) in (28, 27, 122):
+            return f"no room for {self.location} ({error}): nothing of this change was kept; make room, or gc the store"
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            return f"{self.location} is damaged ({error}); restore it from a backup"
+        return f"{self.location}: {error}"
+
+
+class _Connection:
+    """A connection that ends with its thread, and that a forked child leaves alone."""
+
+    def __init__(self, file: Path, timeout: float) -> None:
+        self.process, self.closed = os.getpid(), False
+        self.db = connect(file, timeout)
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        if self.process == os.getpid():
+            self.db.close()
+        else:
+            _inherited.append(self.db)
+
+    def __del__(self) -> None:
+        if hasattr(self, "db"):
+            self.close()
+
+
+def connect(file: Path, timeout: float) -> sqlite3.Connection:
+    """A connection to an index, set up for durable changes and overwritten deletions."""
+    # mode=rw: a missing file is an error, not an empty store
+    db = sqlite3.connect(
+        f"{file.absolute().as_uri()}?mode=rw",
+        uri=True,
+        timeout=timeout,
+        isolation_level=None,
+        check_same_thread=False,
+    )
+    try:
+        for pragma in (
+            "journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "temp_store=MEMORY", "cache_size=-8192",
+            "wal_autocheckpoint=4096", "journal_size_limit=67108864",
+        ):  # fmt: skip
+            db.execute(f"PRAGMA {pragma}").fetchall()
+    except BaseException:
+        db.close()
+        raise
+    return db
