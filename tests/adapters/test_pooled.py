@@ -7,6 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from modicum.adapters.pooled import _Product
+from modicum.quant import native
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
@@ -24,6 +25,15 @@ def tensors(pool, repeat, dtype, *, count=2, batch=(2, 3)):
     widths = [few, 4, out][:: 1 if count == 2 else 2]
     shapes = [(*batch, few * pool), (*batch, out * repeat), *zip(widths[1:], widths[:-1], strict=True)]
     return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+@pytest.fixture(params=["the library", "without"], autouse=True)
+def way(request, monkeypatch):
+    """Sums and copies of neighbours by the library, and by products with ones where there is none."""
+    if request.param == "without":
+        monkeypatch.setattr(native, "_library", lambda: (None, "not wanted here"))
+    elif not native.available():
+        pytest.skip(f"no library: {native.why_not()}")
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))

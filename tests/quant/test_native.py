@@ -257,3 +257,47 @@ def test_the_remainder_is_added_with_one_rounding(rows, out, columns, group, thr
         torch.set_num_threads(kept)
     assert ((y.double() - wanted).abs() <= 2**-8 * wanted.abs() + 1e-5).all()
     assert not native.add_remainder(y, x, rest.half())
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 16, 24, 100, 256])
+def test_sums_and_copies_of_neighbours(size, dtype):
+    for rows, few in ((1, 1), (3, 5), (2, 517), (9, 1100)):
+        x = torch.randn(rows, few * size, generator=torch.Generator().manual_seed(few)).to(dtype)
+        base, short = x.flip(0), x[:, ::size].contiguous()
+        # a power of two rounds once; what else is summed in another order differs in the last digit
+        sums = (0.25 * x.double().unflatten(1, (few, size)).sum(-1)).float().to(dtype)
+        off = (native.pool(x, size, 0.25).float() - sums.float()).abs().max()
+        assert off <= (0.01 if dtype == torch.bfloat16 else 1e-5) * sums.float().abs().max()
+        copies = short.repeat_interleave(size, 1)
+        assert torch.equal(native.repeat(short, size, 1.0), copies)
+        wanted = (base.float() + 0.75 * copies.float()).to(dtype)
+        assert torch.equal(native.repeat(short, size, 0.75, base), wanted)
+
+
+@needs_library
+def test_neighbours_are_the_same_on_any_number_of_threads():
+    x, base = torch.randn(70, 2048).bfloat16(), torch.randn(70, 4096).bfloat16()
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            found.append((native.pool(x, 2, 0.5), native.repeat(x, 2, 0.5, base)))
+        finally:
+            torch.set_num_threads(1)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert torch.equal(found[0][0], x.float().unflatten(1, (-1, 2)).mean(-1).bfloat16())
+
+
+@needs_library
+def test_neighbours_that_are_not_taken():
+    x = torch.ones(2, 512)
+    assert native.takes_neighbours(x, 2)
+    assert not native.takes_neighbours(x.half(), 2)
+    assert not native.takes_neighbours(x, 512)
+    assert not native.takes_neighbours(torch.ones(2, 512, device="meta"), 2)
+    for call in (lambda: native.pool(x, 512, 1.0), lambda: native.repeat(x.half(), 2, 1.0)):
+        with pytest.raises(ValueError, match="takes_neighbours"):
+            call()
+    assert native.pool(x[:0], 2, 1.0).shape == (0, 256)

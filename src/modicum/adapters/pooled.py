@@ -22,14 +22,15 @@ from modicum.adapters.config import AdapterConfig, option
 from modicum.adapters.contract import Adapter
 from modicum.adapters.low_rank import uniform
 from modicum.ops.affine import spread
+from modicum.quant import native
 from modicum.quant.spec import divisors
 
 if TYPE_CHECKING:
     from modicum.adapters.site import Site
 
 
-#: columns that products with ones have: a matrix product of this width costs little more than reading its input,
-#: and several times less than a sum or copy along a short axis
+#: columns that products with ones have, where there is no library: a matrix product of this width costs little more
+#: than reading its input, and several times less than a sum or copy along a short axis
 _WIDTH = 16
 
 
@@ -135,60 +136,68 @@ class _Product(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, base: Tensor, scaling: float, pool: int, repeat: int, *factors: Tensor
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        inner, outer = _ones(rows, pool, factors[0].shape[1]), _ones(rows, repeat, len(factors[-1]))
-        rows, inputs = _sums(rows, pool, inner.div_(pool)), []
+        rows, inputs = _sums(x.reshape(-1, x.shape[-1]), pool, 1 / pool), []
         for factor in factors:
             inputs.append(rows)
             rows = rows @ factor.t()
             # the first product is the narrowest
             rows = rows if len(inputs) > 1 or scaling == 1 else rows.mul_(scaling)
-        ctx.save_for_backward(inner, outer, *inputs, *factors)
+        ctx.save_for_backward(*inputs, *factors)
         ctx.rest = x.shape, scaling, pool, repeat
-        if repeat == 1:
-            return base + rows.view(base.shape)
-        # adds and repeats in one pass
-        flat = torch.addmm(base.reshape(-1, outer.shape[1]), rows.view(-1, len(outer)), outer)
-        return flat.view(base.shape)
+        return _copies(rows, repeat, 1.0, base.reshape(-1, base.shape[-1])).view(base.shape)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - as the decorator types it
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
-        (grad,), (inner, outer, *saved) = grads, ctx.saved_tensors
+        (grad,), saved = grads, ctx.saved_tensors
         shape, scaling, pool, repeat = ctx.rest
         count = len(saved) // 2
-        rows = _sums(grad.reshape(-1, grad.shape[-1]), repeat, outer)
+        rows = _sums(grad.reshape(-1, grad.shape[-1]), repeat, 1.0)
         found: list[Tensor] = []
         for index in reversed(range(count)):
             rows = rows if index or scaling == 1 else rows * scaling
             found.insert(0, rows.t() @ saved[index])
             if index or ctx.needs_input_grad[0]:
                 rows = rows @ saved[count + index]
-        x_grad = None
-        if ctx.needs_input_grad[0]:
-            x_grad = rows if pool == 1 else rows.view(-1, len(inner)) @ inner
-            x_grad = x_grad.view(shape)
+        x_grad = _copies(rows, pool, 1 / pool).view(shape) if ctx.needs_input_grad[0] else None
         return x_grad, grad, None, None, None, *found
 
 
-def _ones(like: Tensor, size: int, groups: int) -> Tensor:
-    """A matrix (m, m · size) that repeats m entries `size` times each; its transpose sums. M divides `groups`."""
-    count = math.gcd(groups, max(1, _WIDTH // size))
-    return torch.eye(count, dtype=like.dtype, device=like.device).repeat_interleave(size, 1)
-
-
-def _sums(rows: Tensor, size: int, ones: Tensor) -> Tensor:
-    """Sums of `size` neighbours in each row, weighted as in `ones`, (rows, n / size)."""
+def _sums(rows: Tensor, size: int, factor: float) -> Tensor:
+    """`factor` times the sums of `size` neighbours in each row, (rows, n / size)."""
     if size == 1:
         return rows
-    if rows.dtype == torch.float32:
-        if size == 2:
-            return (rows[:, ::2] + rows[:, 1::2]).mul_(ones[0, 0])
-        # float32 is fastest with one column, narrower types with a few
-        ones = ones[:1, :size]
+    if native.takes_neighbours(rows, size):
+        return native.pool(rows, size, factor)
+    if rows.dtype == torch.float32 and size == 2:
+        return (rows[:, ::2] + rows[:, 1::2]).mul_(factor)
+    # float32 is fastest with one column, narrower types with a few
+    width = 1 if rows.dtype == torch.float32 else _WIDTH
+    ones = _ones(rows, size, rows.shape[1] // size, factor, width)
     return F.linear(rows.reshape(-1, ones.shape[1]), ones).view(len(rows), -1)
+
+
+def _copies(rows: Tensor, size: int, factor: float, base: Tensor | None = None) -> Tensor:
+    """`factor` times each entry of the rows `size` times in place, (rows, n · size), plus `base`."""
+    if size == 1:
+        return rows if base is None else base + rows
+    if native.takes_neighbours(rows, size):
+        return native.repeat(rows, size, factor, base)
+    ones = _ones(rows, size, rows.shape[1], factor, _WIDTH)
+    flat = rows.view(-1, len(ones))
+    if base is None:
+        return (flat @ ones).view(len(rows), -1)
+    # adds and repeats in one pass
+    return torch.addmm(base.reshape(-1, ones.shape[1]), flat, ones).view(len(rows), -1)
+
+
+def _ones(like: Tensor, size: int, groups: int, factor: float, width: int) -> Tensor:
+    """A matrix (m, m · size) that repeats m entries `size` times each; its transpose sums. M divides `groups`."""
+    count = math.gcd(groups, max(1, width // size))
+    ones = torch.eye(count, dtype=like.dtype, device=like.device).mul_(factor)
+    return ones.repeat_interleave(size, 1)
 
 
 def pool_option(default: int) -> int:

@@ -1,4 +1,6 @@
-"""Dequantization on processors by a small library in C, several times faster than compiled torch code.
+"""Dequantization, and sums and copies of neighbours, by a small library in C for processors.
+
+Several times faster than compiled torch code.
 
     ŵ = s · (c − 2^(bits−1)) + o
 
@@ -27,6 +29,10 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _WORTH_THREADS = 1 << 16
 #: remainders below which it does not pay either
 _WORTH_REMAINDER = 1 << 16
+#: numbers that are summed or repeated below which it does not pay either
+_WORTH_NEIGHBOURS = 1 << 16
+#: MOST_NEIGHBOURS in dequantize.c
+_MOST_NEIGHBOURS = 256
 
 _lock = threading.Lock()
 
@@ -116,6 +122,51 @@ def add_remainder(y: Tensor, x: Tensor, rest: Tensor) -> bool:
     pointers = x.data_ptr(), None, rest.data_ptr(), y.data_ptr()
     job = _Job(*pointers, 0, out, columns, columns // groups, rows, 4, 0, 0, 1, threads)
     return library.modicum_remainder(ctypes.byref(job)) == 0
+
+
+def takes_neighbours(x: Tensor, size: int) -> bool:
+    """Whether `pool` and `repeat` take such numbers, so many at a time; nothing that is traced."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is torch.Tensor
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and size <= _MOST_NEIGHBOURS
+        and available()
+    )
+
+
+def pool(x: Tensor, size: int, factor: float) -> Tensor:
+    """`factor` times the sums of `size` neighbours in the rows of x (n, in): (n, in/size), each rounded once."""
+    out = x.new_empty(len(x), x.shape[1] // size)
+    _neighbours("modicum_pool", x, None, out, size, factor, out.numel())
+    return out
+
+
+def repeat(x: Tensor, size: int, factor: float, base: Tensor | None = None) -> Tensor:
+    """`factor` · x (n, out/size), each number `size` times in place, plus `base` (n, out); each rounded once."""
+    out = x.new_empty(len(x), x.shape[1] * size)
+    _neighbours("modicum_repeat", x, base, out, size, factor, x.numel())
+    return out
+
+
+def _neighbours(
+    name: str, x: Tensor, base: Tensor | None, out: Tensor, size: int, factor: float, count: int
+) -> None:
+    library, _ = _library()
+    # names keep what the pointers point to
+    x, base, number = x.contiguous(), None if base is None else base.contiguous(), ctypes.c_float(factor)
+    pointers = (
+        x.data_ptr(),
+        None if base is None else base.data_ptr(),
+        ctypes.addressof(number),
+        out.data_ptr(),
+    )
+    threads = torch.get_num_threads() if max(x.numel(), out.numel()) >= _WORTH_NEIGHBOURS else 1
+    kind = KINDS[out.dtype]
+    job = _Job(*pointers, 0, count, 0, 0, size, 0, kind, kind, kind, threads)
+    if out.numel() and (library is None or getattr(library, name)(ctypes.byref(job))):
+        raise ValueError(f"{name} takes no {size} neighbours of {out.dtype}; ask takes_neighbours first")
 
 
 def _run(

@@ -1,4 +1,5 @@
-/* Weights w = s (c - 2^(bits-1)) + o of packed codes c, one scale s and offset o per block; see __init__.py. */
+/* Weights w = s (c - 2^(bits-1)) + o of packed codes c, one scale s and offset o per block,
+   and sums and copies of neighbours; see __init__.py. */
 
 #include "segments.h"
 
@@ -174,6 +175,67 @@ static void remainder_columns(const job *work, int64_t start, int64_t stop) {
     }
 }
 
+/* ---- sums and copies of neighbours, as adapters on blocks need them ---- */
+
+#define MOST_NEIGHBOURS 256
+#define BATCH 1024 /* numbers that are widened at a time, so that all loops run over rows of float32 */
+
+INLINE void widened(const void *restrict x, int kind, int64_t at, int64_t count, float *restrict to) {
+    for (int64_t i = 0; i < count; i++) to[i] = number(x, kind, at + i);
+}
+
+INLINE void pooled(const job *work, int kind, int64_t size, int64_t start, int64_t stop) {
+    const float factor = *(const float *)work->offsets;
+    const int64_t most = BATCH / size;
+    void *restrict out = work->out;
+    float x[BATCH], sums[BATCH];
+    for (int64_t at = start; at < stop; at += most) {
+        const int64_t count = smaller(most, stop - at);
+        widened(work->codes, kind, at * size, count * size, x);
+        for (int64_t i = 0; i < count; i++) {
+            float lanes[LANES] = {0}, sum = 0;
+            int64_t place = 0;
+            for (; place + LANES <= size; place += LANES)
+                for (int lane = 0; lane < LANES; lane++) lanes[lane] += x[i * size + place + lane];
+            if (size >= LANES) sum = added(lanes);
+            for (; place < size; place++) sum += x[i * size + place];
+            sums[i] = sum * factor;
+        }
+        for (int64_t i = 0; i < count; i++) put(out, kind, at + i, sums[i]);
+    }
+}
+
+INLINE void repeated(const job *work, int kind, int64_t size, int64_t start, int64_t stop) {
+    const float factor = *(const float *)work->offsets;
+    const int64_t most = BATCH / size;
+    void *restrict out = work->out;
+    float x[BATCH], terms[BATCH], base[BATCH];
+    for (int64_t at = start; at < stop; at += most) {
+        const int64_t count = smaller(most, stop - at), first = at * size;
+        widened(work->codes, kind, at, count, x);
+        for (int64_t i = 0; i < count; i++)
+            for (int64_t place = 0; place < size; place++) terms[i * size + place] = x[i] * factor;
+        if (work->scales) {
+            widened(work->scales, kind, first, count * size, base);
+            for (int64_t i = 0; i < count * size; i++) put(out, kind, first + i, base[i] + terms[i]);
+        } else {
+            for (int64_t i = 0; i < count * size; i++) put(out, kind, first + i, terms[i]);
+        }
+    }
+}
+
+/* Two neighbours are the common case, and with the number known the loops run in registers. */
+#define NEIGHBOURS(name, kind)                                                                     \
+    static void name##_##kind(const job *work, int64_t start, int64_t stop) {                      \
+        if (work->repeat == 2) name(work, kind, 2, start, stop);                                   \
+        else if (work->repeat == 4) name(work, kind, 4, start, stop);                              \
+        else name(work, kind, work->repeat, start, stop);                                          \
+    }
+NEIGHBOURS(pooled, FLOAT32)
+NEIGHBOURS(pooled, BFLOAT16)
+NEIGHBOURS(repeated, FLOAT32)
+NEIGHBOURS(repeated, BFLOAT16)
+
 /* ---- threads: those of the OpenMP runtime that the caller already uses ---- */
 
 typedef void parallel(void (*)(void *), void *, unsigned, unsigned);
@@ -236,5 +298,21 @@ int modicum_runs(const job *work) {
     if (work->out_kind < FLOAT32 || work->out_kind > FLOAT16) return 1;
     if (work->rows % RUN || work->start % RUN || work->group < SMALLEST) return 1;
     shared_out(work, table[work->out_kind], work->rows / RUN);
+    return 0;
+}
+
+/* `out` (rows) is the factor in `offsets` times the sums of `repeat` neighbours in `codes`. */
+int modicum_pool(const job *work) {
+    static body *const table[2] = {pooled_FLOAT32, pooled_BFLOAT16};
+    if (work->out_kind > BFLOAT16 || work->repeat > MOST_NEIGHBOURS) return 1;
+    shared_out(work, table[work->out_kind], work->rows);
+    return 0;
+}
+
+/* `out` is each of the `rows` numbers in `codes` times the factor, `repeat` times; plus `scales` if there are any. */
+int modicum_repeat(const job *work) {
+    static body *const table[2] = {repeated_FLOAT32, repeated_BFLOAT16};
+    if (work->out_kind > BFLOAT16 || work->repeat > MOST_NEIGHBOURS) return 1;
+    shared_out(work, table[work->out_kind], work->rows);
     return 0;
 }
