@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import html.parser
 import json
+import math
+import os
 import re
 import subprocess
 import sys
@@ -30,6 +32,11 @@ def whole():
 @pytest.fixture(scope="module")
 def drawn(whole):
     return plots.plots(whole)
+
+
+@pytest.fixture(scope="module")
+def text(whole):
+    return page(whole)
 
 
 class Elements(html.parser.HTMLParser):
@@ -76,9 +83,18 @@ def test_columns_without_anything_are_left_out(whole):
     assert not {"energy", "cost", "GPU time"} & set(titles)
     one = copy.deepcopy(whole)
     one["cells"] = one["cells"][:3]
-    one["cells"][0].update(energy_joules=12.0, cost={"amount": 0.5, "currency": "EUR"})
+    one["cells"][0].update(energy_joules=12.0, energy_source="rapl")
+    one["cells"][1]["cost"] = {"amount": 0.5, "currency": "EUR", "missing": {}}
+    one["cells"][2]["cost"] = {"amount": 0.25, "currency": "EUR", "missing": {"energy": "not measured"}}
     titles = [column.title for column in columns(one)]
     assert {"energy", "cost"} <= set(titles)
+    assert [columns(one)[titles.index("cost")].text(each) for each in one["cells"]] == [
+        "–",
+        "0.5 EUR",
+        "≥ 0.25 EUR",
+    ]
+    assert any("from rapl" in sentence for sentence in reading(one))
+    assert any("≥" in sentence for sentence in reading(one))
     assert "compression" not in titles
 
 
@@ -143,6 +159,11 @@ def test_every_cell_with_a_value_is_drawn(whole, drawn):
     # lines through ranks: LoRA-XS on both bases, LoRA and VeRA on the first at most
     assert [line["data-base"] for line in Elements(drawn["quality"][0].svg).of("link")].count("1") == 2
     assert [len(Elements(plot.svg).of("front")) for plot in drawn["quality"]] == [1, 1, 0]
+    # stairs: what one size allows holds until the next one
+    front = re.search(
+        r'class="front">.*?d="M (\S+) (\S+) \s*L (\S+) (\S+)', drawn["quality"][0].svg, re.DOTALL
+    )
+    assert front.group(2) == front.group(4) != front.group(1)
     for part, kind in (("curves", "curve"), ("rates", "sweep")):
         assert [plot.title.split(":")[0] for plot in drawn[part]] == ["lora", "lora_xs", "vera"]
         cells = {line["data-cell"] for plot in drawn[part] for line in Elements(plot.svg).of(kind)}
@@ -156,6 +177,20 @@ def test_the_chosen_rate_is_marked_and_an_edge_differently(drawn):
     assert [ring["data-cell"] for ring in vera.of("edge")] == ["5"]
 
 
+def test_plots_of_one_kind_have_one_scale(drawn):
+    for part in ("curves", "rates"):
+        ticks = [re.findall(r">(0\.\d+)</text>", plot.svg) for plot in drawn[part]]
+        assert ticks[0]
+        assert ticks[0] == ticks[1] == ticks[2]
+
+
+def test_lines_are_fuller_for_larger_cells(whole):
+    shades = plots._shades(whole["cells"])
+    # a cell that failed on one base does not put its label first
+    assert sorted(shades, key=lambda label: shades[label])[-2:] == ["lora r=4", "lora r=16"]
+    assert max(shades.values()) == 1
+
+
 def test_the_axes_of_sizes_are_logarithmic(whole, drawn):
     # equal ratios are equal distances: LoRA-XS 4, 8 and LoRA 4, 16 by their trained values
     marks = dict(
@@ -163,11 +198,30 @@ def test_the_axes_of_sizes_are_logarithmic(whole, drawn):
             r'class="mark" data-cell="(\d+)".*?<use [^>]*x="([\d.]+)"', drawn["quality"][0].svg, re.DOTALL
         )
     )
-    import math
-
     places = [(math.log(whole["cells"][int(i)]["trained_values"]), float(x)) for i, x in marks.items()]
     (a, x), (b, y), (c, z) = places[0], places[1], places[2]
     assert (x - z) / (a - c) == pytest.approx((y - z) / (b - c), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("values", "named", "base", "ticks"),
+    [
+        ((900, 250_000), plots._short, 10, ["1k", "10k", "100k"]),
+        ((49_000, 105_000), size, 2, ["50 KiB", "60 KiB"]),
+        ((5_000, 800_000), size, 2, ["8 KiB", "16 KiB"]),
+        ((200, 235), plots._short, 10, ["200", "210"]),
+        ((1_000, 40_000_000_000), size, 2, ["1 KiB", "16 KiB", "256 KiB"]),
+    ],
+)
+def test_ticks_are_few_and_round(values, named, base, ticks):
+    _, axes = plots._figure(3)
+    axes.set_xscale("log")
+    axes.set_xlim(*values)
+    plots._ticks(axes, named, base)
+    shown = [label.get_text() for label in axes.get_xticklabels()]
+    assert 3 <= len(shown) <= 7
+    assert shown[: len(ticks)] == ticks
+    assert len(set(shown)) == len(shown)
 
 
 def test_a_sweep_without_choice_and_runs_without_curves_have_no_plots(whole):
@@ -197,17 +251,18 @@ def test_nothing_at_all_is_still_a_report(whole, tmp_path):
     assert "<svg" not in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def test_names_and_errors_cannot_become_markup(whole):
+def test_names_and_errors_cannot_become_markup(whole, text):
     harmed = copy.deepcopy(whole)
     harmed["name"] = harmed["split"] = HOSTILE
     harmed["conditions"]["model"] = harmed["conditions"]["versions"][HOSTILE] = HOSTILE
     harmed["untrained"][HOSTILE] = harmed["untrained"].pop("4bit")
-    for index, each in enumerate(harmed["cells"]):
-        each["label"] = f"_{HOSTILE}{index}" if index else "日本語 _a"
-        each["method"] = each["method"].replace("lora", HOSTILE)
+    for each in harmed["cells"]:
+        each["label"] = f"_{HOSTILE}{each['label']}"
         each["compression"] = each["compression"].replace("4bit", HOSTILE)
         each["error"] = each["error"] and HOSTILE
-    calm, elements = Elements(page(whole)), Elements(page(harmed))
+    harmed["cells"][0]["label"], harmed["cells"][1]["label"] = "日本語 _a", "$x^2$"
+    harm = page(harmed)
+    calm, elements = Elements(text), Elements(harm)
     tags = {tag for tag, _ in calm.found}
     assert {tag for tag, _ in elements.found} == tags
     assert "img" not in tags
@@ -215,15 +270,14 @@ def test_names_and_errors_cannot_become_markup(whole):
     assert not [name for _, attributes in elements.found for name in attributes if name.startswith("on")]
     assert len(elements.of("mark")) == len(calm.of("mark"))
     # the legends name them all, also what starts with an underscore
-    assert page(harmed).count("日本語 _a") >= 5
+    assert harm.count(">日本語 _a (none)</text>") == harm.count(">$x^2$ (none)</text>") == 2
     table = markdown.markdown_table(harmed)
     assert len(table.splitlines()) == 14
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
     assert "<script" not in markdown.page(harmed)
 
 
-def test_the_page_loads_nothing(whole):
-    text = page(whole)
+def test_the_page_loads_nothing(text):
     for tag, attributes in Elements(text).found:
         assert tag not in ("link", "img", "iframe", "object", "base", "image")
         for name in ("src", "href", "xlink:href"):
@@ -232,8 +286,7 @@ def test_the_page_loads_nothing(whole):
     assert "@import" not in text
 
 
-def test_ids_are_unique_and_references_resolve(whole):
-    text = page(whole)
+def test_ids_are_unique_and_references_resolve(text):
     defined = [attributes["id"] for _, attributes in Elements(text).found if "id" in attributes]
     assert len(defined) == len(set(defined))
     used = re.findall(r'(?:xlink:href="|url\()#([^")]+)', text)
@@ -245,21 +298,19 @@ def test_the_same_comparison_gives_the_same_bytes(whole, tmp_path):
     write_report(tmp_path, json.loads(json.dumps(whole)))
     code = (
         "import json, pathlib, sys, matplotlib\n"
-        "matplotlib.rcParams.update({'font.size': 30, 'axes.grid': False, 'svg.fonttype': 'path'})\n"
+        "matplotlib.rcParams.update({'font.size': 30, 'axes.xmargin': 0.3, 'lines.linewidth': 9})\n"
         "from tests.compare.sample import comparison\n"
         "from modicum.compare.report import write_report\n"
         f"write_report(pathlib.Path({str(tmp_path / 'again')!r}), comparison())\n"
     )
-    subprocess.run(
-        [sys.executable, "-c", code], check=True, env={**__import__("os").environ, "PYTHONHASHSEED": "7"}
-    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
     for name in ("report.html", "report.md"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
 def test_a_report_that_cannot_be_drawn_writes_nothing(whole, tmp_path):
     broken = copy.deepcopy(whole)
-    del broken["cells"][3]["method"]
+    del broken["cells"][3]["label"]
     with pytest.raises(KeyError):
         write_report(tmp_path, broken)
     assert not list(tmp_path.iterdir())
@@ -267,5 +318,5 @@ def test_a_report_that_cannot_be_drawn_writes_nothing(whole, tmp_path):
 
 def test_many_methods_stay_apart():
     cells = [cell(f"method_{i}", 4, "none", (100 * (i + 1), 400, 0, 0.8)) for i in range(16)]
-    look = plots._Look(tuple(one["method"] for one in cells), ("none",))
+    look = plots._Look(tuple(f"method_{i}" for i in range(16)), ("none",))
     assert len({(look.of(one)["color"], look.of(one)["marker"]) for one in cells}) == 16

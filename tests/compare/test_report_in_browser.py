@@ -95,6 +95,9 @@ def test_a_click_on_a_title_sorts(opened):
     opened.click("#results thead th:nth-child(5) button")
     assert column(opened, 4)[:3] == ["197,888", "50,432", "50,432"]
     assert column(opened, 4)[-2:] == ["–", "–"]
+    opened.click("#results thead th:nth-child(3) button")
+    measured = [float(text.split()[0]) for text in column(opened, 2)[:-2]]
+    assert measured == sorted(measured)
     opened.click("#results thead th:nth-child(1) button")
     assert column(opened, 0) != before
     assert column(opened, 0)[:6] == [
@@ -167,7 +170,7 @@ def test_names_run_nothing(window, tmp_path):
     harmed = copy.deepcopy(comparison())
     harmed["name"] = HOSTILE
     for each in harmed["cells"]:
-        each["label"] = each["method"] = HOSTILE
+        each["label"] = HOSTILE
         each["error"] = each["error"] and HOSTILE
     write_report(tmp_path, harmed)
     window.resize(400)
@@ -180,8 +183,12 @@ def test_names_run_nothing(window, tmp_path):
 
 
 def test_the_policy_stops_what_escaping_would_miss(window, report, tmp_path):
-    hole = report.read_text(encoding="utf-8").replace("<body>", "<body><script>window.ran = 1</script>")
+    hole = report.read_text(encoding="utf-8").replace(
+        "<body>", "<body><script>window.ran = 1</script><img src=x.png>"
+    )
     (tmp_path / "hole.html").write_text(hole, encoding="utf-8")
     window.open(tmp_path / "hole.html")
     assert window.evaluate("window.ran === undefined")
-    assert any("Content Security Policy" in entry for entry in window.logged)
+    refused = [entry for entry in window.logged if "Content Security Policy" in entry]
+    assert len(refused) == 2
+    assert any("x.png" in entry for entry in refused)

@@ -39,6 +39,7 @@ def columns(comparison: dict[str, Any]) -> list[Column]:
         _quantity("processor time", lambda cell: value_of(cell.get("cpu_seconds")), seconds),
         _quantity("GPU time", lambda cell: value_of(cell.get("gpu_seconds")), seconds),
         _quantity("peak memory", lambda cell: cell.get("peak_memory_bytes"), size),
+        _quantity("peak GPU memory", lambda cell: cell.get("peak_gpu_memory_bytes"), size),
         _quantity("energy", lambda cell: cell.get("energy_joules"), lambda value: f"{value:,.3g} J"),
         Column("cost", _cost, lambda cell: (cell.get("cost") or {}).get("amount")),
         *(
@@ -151,4 +152,7 @@ def _without_head(cell: Cell) -> int | None:
 
 def _cost(cell: Cell) -> str:
     cost = cell.get("cost")
-    return f"{cost['amount']:.3g} {cost['currency']}" if cost else NOTHING
+    # what has a price but was not measured is not in the sum
+    return (
+        f"{'≥ ' if cost.get('missing') else ''}{cost['amount']:.3g} {cost['currency']}" if cost else NOTHING
+    )

@@ -9,7 +9,7 @@ from modicum.compare.columns import columns
 from modicum.compare.words import conditions, found, reading, unfinished
 
 #: what the run took: in the HTML report, too much for the short table
-_LONG = {"processor time", "GPU time", "peak memory", "energy", "cost"}
+_LONG = {"processor time", "GPU time", "peak memory", "peak GPU memory", "energy", "cost"}
 
 
 def table(comparison: dict[str, Any]) -> dict[str, Any]:

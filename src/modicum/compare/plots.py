@@ -49,7 +49,10 @@ class Plot:
 
 @dataclass(frozen=True)
 class _Look:
-    """How cells are told apart: colour and marker say the method, line and filling the compression."""
+    """How cells are told apart: colour and marker say the method, line and filling the compression.
+
+    A method is an entry of the specification, by its label: the same one with other options is another.
+    """
 
     methods: tuple[str, ...]
     bases: tuple[str, ...]
@@ -65,7 +68,7 @@ class _Look:
         return {"linestyle": _LINES[index % len(_LINES)], "fillstyle": _FILLS[index % len(_FILLS)]}
 
     def of(self, cell: Cell) -> dict[str, Any]:
-        look = {**self.method(cell["method"]), **self.base(str(cell["compression"]))}
+        look = {**self.method(_method(cell)), **self.base(str(cell["compression"]))}
         return {**look, "markerfacecoloralt": svg.PAPER, "markersize": 5.5, "markeredgewidth": 1.1}
 
 
@@ -78,7 +81,7 @@ def plots(comparison: dict[str, Any]) -> dict[str, list[Plot]]:
         MissingExtraError: matplotlib is not installed.
     """
     cells = comparison["cells"]
-    look = _Look(tuple(dict.fromkeys(c["method"] for c in cells)), tuple(compressions(comparison)))
+    look = _Look(tuple(dict.fromkeys(_method(cell) for cell in cells)), tuple(compressions(comparison)))
     with svg.settings():
         return {
             "quality": list(_quality(comparison, look)),
@@ -102,7 +105,7 @@ def _quality(comparison: dict[str, Any], look: _Look) -> Iterator[Plot]:
         axes.set_xscale("log")
         _ticks(axes, shown, base=2 if "bytes" in what else 10)
         axes.set(xlabel=what, ylabel=metric)
-        _legend(figure, axes, look, {cells[index]["method"] for index in drawn})
+        _legend(figure, axes, look, {_method(cells[index]) for index in drawn})
         left = [_name(cell, look) for index, cell in enumerate(cells) if index not in drawn]
         remark = f"Not drawn, for want of a value: {', '.join(left)}." if left else ""
         title = f"{metric} over {what}"
@@ -120,7 +123,7 @@ def _marks(
 ) -> dict[str, str]:
     """Draws the cells with their intervals, and lines through the ranks of one method; returns the tooltips."""
     cells, titles = comparison["cells"], {}
-    families: dict[tuple[Any, ...], list[tuple[float, float]]] = defaultdict(list)
+    families: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     for index in drawn:
         cell = cells[index]
         measure, x = cell["metrics"][comparison["metric"]], across(cell) or 0.0
@@ -133,9 +136,8 @@ def _marks(
         mark.set_gid(f"mark:{index}")
         titles[f"mark:{index}"] = f"{_name(cell, look)}: {with_interval(measure)}"
         if cell.get("rank") is not None:
-            options = repr(sorted((cell.get("options") or {}).items(), key=str))
-            families[cell["method"], str(cell["compression"]), options].append((x, y))
-    for (method, base, _), points in families.items():
+            families[_method(cell), str(cell["compression"])].append((x, y))
+    for (method, base), points in families.items():
         xs, ys = zip(*sorted(points), strict=True)
         style = {"color": look.method(method)["color"], "linestyle": look.base(base)["linestyle"]}
         (line,) = axes.plot(xs, ys, **style, linewidth=1.2, alpha=0.75, zorder=2)
@@ -171,7 +173,7 @@ def _per_method(
     """One plot for each method that has anything to draw, all on the same scales, so that many cells stay readable."""
     drawn = {}
     for method in look.methods:
-        chosen = [(i, c) for i, c in enumerate(comparison["cells"]) if c["method"] == method]
+        chosen = [(i, c) for i, c in enumerate(comparison["cells"]) if _method(c) == method]
         figure, panels, titles = draw(comparison, look, chosen, _shades([cell for _, cell in chosen]))
         if titles:
             drawn[method] = figure, panels, titles
@@ -223,6 +225,7 @@ def _curves(
             line.set_gid(f"curve:{index}")
             band.set_gid(f"band:{index}")
             titles[f"curve:{index}"] = _name(cell, look)
+    lower.xaxis.get_major_locator().set_params(integer=True)
     upper.set(ylabel="training loss")
     lower.set(xlabel="step", ylabel=f"validation {comparison['metric']}")
     _names(figure, [upper, lower])
@@ -299,6 +302,11 @@ def _shades(cells: list[Cell]) -> dict[str, float]:
     return {label: 0.4 + 0.6 * (i + 1) / len(labels) for i, label in enumerate(labels)}
 
 
+def _method(cell: Cell) -> str:
+    """The label of a cell without its rank."""
+    return str(cell["label"]).removesuffix(f" r={cell.get('rank')}")
+
+
 def _name(cell: Cell, look: _Look) -> str:
     return f"{cell['label']} ({cell['compression']})" if len(look.bases) > 1 else str(cell["label"])
 
@@ -310,9 +318,9 @@ def _brief(name: str) -> str:
 
 
 def _short(value: float) -> str:
-    for unit, name in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= unit:
-            return f"{value / (1e3 if name == 'k' else unit):g}{name}"
+            return f"{value / unit:g}{name}"
     return count(value)
 
 
@@ -326,14 +334,25 @@ def _figure(height: float, rows: int = 1) -> tuple[Any, ...]:
 
 
 def _ticks(axes: Any, shown: Callable[[float], str], base: int) -> None:
-    """At most seven ticks in words on a logarithmic axis: whole powers of `base`, or 1, 2 and 5 times powers of ten."""
+    """Three to seven ticks in words on a logarithmic axis.
+
+    At whole powers of `base`, or 1, 2 and 5 times powers of ten; where the axis spans less, at equal distances.
+    """
+    from matplotlib.ticker import MaxNLocator
+
     low, high = axes.get_xlim()
     powers = range(math.floor(math.log(low, base)), math.ceil(math.log(high, base)) + 1)
     finest = [float(base) ** power * step for power in powers for step in ((1, 2, 5) if base == 10 else (1,))]
     inside = [value for value in finest if low <= value <= high]
     if base == 10 and len(inside) > 7:
         inside = [value for value in inside if math.log10(value).is_integer()]
-    # from the largest, so that the few that are left are the roundest
+    if len(inside) < 3:
+        unit = 1024 ** math.floor(math.log(high, 1024)) if base == 2 else 1
+        even = [
+            unit * value
+            for value in MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(low / unit, high / unit)
+        ]
+        inside = [value for value in even if low <= value <= high]
     inside = inside[:: max(1, math.ceil(len(inside) / 7))]
     axes.set_xticks(inside, [shown(value) for value in inside])
     axes.minorticks_off()

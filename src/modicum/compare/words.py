@@ -53,15 +53,21 @@ def reading(comparison: dict[str, Any]) -> list[str]:
         )
     if any(cell.get("significantly_worse_than_best") is not None for cell in cells):
         sentences.append(
-            "“Worse than the best” means: the paired test over seeds rejects equality with the best cell at "
+            "“Worse than the best” means: a paired t-test over seeds rejects equality with the best cell at "
             f"{1 - comparison['confidence']:.2g}, corrected for the number of cells by Holm's method. A cell without "
             "the words may still be worse."
         )
-    sentences.append(
-        "“Stored” is what one adapter takes on disk, “shared” what all adapters of a base model need once."
-    )
+    sentences += [
+        "“Stored” is what one adapter takes on disk, “shared” what all of its kind need once, the base included.",
+        "Times, energy and cost are those of one run at the chosen rate, means over seeds; memory is the highest peak.",
+    ]
+    sources = sorted({str(cell["energy_source"]) for cell in cells if cell.get("energy_source")})
+    if sources:
+        sentences.append(f"Energy is that of one run, from {', '.join(sources)}.")
+    if any((cell.get("cost") or {}).get("missing") for cell in cells):
+        sentences.append("A cost with ≥ lacks a part that has a price but was not measured.")
     untrained = [
-        f"{name}: {value:.3f}" if len(compressions(comparison)) > 1 else f"{value:.3f}"
+        f"{value:.3f} ({name})" if len(compressions(comparison)) > 1 else f"{value:.3f}"
         for name, value in untrained_values(comparison).items()
     ]
     if untrained:
