@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.cli.adapter_files import run as modicum
 from tests.small_checkpoints import llama, recipe_values, write_jsonl
 
 from modicum.adapters.elastic import Switch
@@ -15,6 +16,7 @@ from modicum.models.loading import load_adapted, load_base
 from modicum.quant.affine import AffineLinear
 from modicum.train.pipeline import run_recipe
 from modicum.train.recipe import load_recipe, make_recipe
+from modicum.train.run import tune
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = [
@@ -140,6 +142,45 @@ def test_lonas_ships_a_smaller_model_within_its_budget(results):
     model = load_base(str(result.folder / "extracted"))
     assert sum(p.numel() for p in model.parameters()) == report["parameters"]
     assert result.report["search"]["best"]["values"]["parameters"] == report["parameters"]
+
+
+def test_inspect_says_which_sub_network_was_shipped(results, capsys):
+    result = results("lonas")
+
+    def inspected(name):
+        return modicum(capsys, "inspect", result.folder / name, "--json").json
+
+    trained, chosen, shipped = (inspected(name) for name in ("tune/adapter", "chosen", "extracted"))
+    assert trained["state"] == chosen["state"] == shipped["state"] == "ok"
+    assert not chosen["sub_network"]["whole"]
+    assert chosen["sub_network"]["choices"] == result.report["search"]["best"]["choices"]
+    for entry in ("digest", "choices", "widths", "ranks"):
+        assert shipped["sub_network"][entry] == chosen["sub_network"][entry], entry
+    # what was active while it was trained is said too, and is another one unless the search came back to it
+    same = trained["sub_network"]["choices"] == chosen["sub_network"]["choices"]
+    assert (trained["sub_network"]["digest"] == shipped["sub_network"]["digest"]) == same
+    assert shipped["parameters"] == result.report["extract"]["parameters"]
+    model = load_base(str(result.folder / "extracted"))
+    assert shipped["parameters"] == sum(p.numel() for p in model.parameters())
+    # another model of the same shape is another model
+    layer = next(m for m in model.modules() if isinstance(m, torch.nn.Linear))
+    with torch.no_grad():
+        layer.weight[0, 0] += 1
+    model.save_pretrained(result.folder / "changed")
+    changed = inspected("changed")
+    assert changed["fingerprint"] != shipped["fingerprint"]
+
+
+def test_a_model_of_uneven_layers_is_tuned_again(results, tmp_path):
+    values = recipe_values(tmp_path, "causal_lm")
+    values["model"] |= {"name_or_path": str(results("lonas").folder / "extracted")}
+    values["method"] = {"name": "lora_xs", "r": 4}
+    tuned = tune(make_recipe(values))
+    model = load_base(values["model"]["name_or_path"])
+    assert model.config.model_type == "modicum_llama"
+    adapted = load_adapted(model, tuned.adapter)
+    assert tuned.report["trained_values"]["adapter"] == 14 * 4 * 4
+    assert any(bool(p.any()) for name, p in adapted.named_parameters() if ".R" in name)
 
 
 def test_the_adapter_of_shears_keeps_its_rank_beside_the_sparse_model(results):
