@@ -14,10 +14,11 @@ import sys
 import pytest
 from tests.compare.sample import cell, comparison, measure
 
-from modicum.compare import markdown, plots
+from modicum.compare import markdown, plots, svg
 from modicum.compare.columns import columns, seconds, size, with_interval
 from modicum.compare.report import page, write_report
 from modicum.compare.words import found, reading
+from modicum.errors import MissingExtraError
 
 HOSTILE = (
     '</title><script>alert("x")</script><img src=http://127.0.0.1/x onerror=alert(1)>|`_$x^2$*[a](b)&lt;\n# b'
@@ -214,10 +215,10 @@ def test_the_axes_of_sizes_are_logarithmic(whole, drawn):
     ],
 )
 def test_ticks_are_few_and_round(values, named, base, ticks):
-    _, axes = plots._figure(3)
+    _, axes = svg.figure_of(3)
     axes.set_xscale("log")
     axes.set_xlim(*values)
-    plots._ticks(axes, named, base)
+    svg.log_ticks(axes, named, base)
     shown = [label.get_text() for label in axes.get_xticklabels()]
     assert 3 <= len(shown) <= 7
     assert shown[: len(ticks)] == ticks
@@ -313,6 +314,13 @@ def test_a_report_that_cannot_be_drawn_writes_nothing(whole, tmp_path):
     del broken["cells"][3]["label"]
     with pytest.raises(KeyError):
         write_report(tmp_path, broken)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_matplotlib_it_says_what_to_install(whole, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtraError, match=re.escape("pip install 'modicum[compare]'")):
+        write_report(tmp_path, {**whole, "cells": whole["cells"][7:8]})
     assert not list(tmp_path.iterdir())
 
 

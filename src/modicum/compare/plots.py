@@ -19,8 +19,6 @@ Cell = dict[str, Any]
 _MARKERS = "os^DvPX"
 _LINES = ("-", "--", ":", "-.")
 _FRONT = {"color": svg.FAINT, "linewidth": 4, "alpha": 0.35, "solid_capstyle": "round"}
-#: letters that a name in a legend has room for
-_ROOM = 36
 _FILLS = ("full", "none", "left", "bottom")
 
 
@@ -97,13 +95,13 @@ def _quality(comparison: dict[str, Any], look: _Look) -> Iterator[Plot]:
         drawn = [i for i, cell in enumerate(cells) if metric_of(comparison, cell) and (across(cell) or 0) > 0]
         if not drawn:
             continue
-        figure, axes = _figure(3.9)
+        figure, axes = svg.figure_of(3.9)
         shown = size if "bytes" in what else _short
         _untrained(axes, comparison, look)
         _front(axes, comparison, key, across)
         titles = _marks(axes, comparison, look, drawn, across)
         axes.set_xscale("log")
-        _ticks(axes, shown, base=2 if "bytes" in what else 10)
+        svg.log_ticks(axes, shown, base=2 if "bytes" in what else 10)
         axes.set(xlabel=what, ylabel=metric)
         _legend(figure, axes, look, {_method(cells[index]) for index in drawn})
         left = [_name(cell, look) for index, cell in enumerate(cells) if index not in drawn]
@@ -178,30 +176,18 @@ def _per_method(
         if titles:
             drawn[method] = figure, panels, titles
     for panels in zip(*(panels for _, panels, _ in drawn.values()), strict=True):
-        _same_scale(panels)
+        svg.same_scale(panels)
     for number, (method, (figure, _, titles)) in enumerate(drawn.items()):
         title, summary = f"{method}: {what}", f"{len(titles)} cells of {method}, one line each."
         name = f"plot-{part}-{number}"
         yield Plot(name, title, svg.inline(figure, name, title, summary, titles))
 
 
-def _same_scale(panels: Sequence[Any]) -> None:
-    """Gives all panels the same limits; logarithmic where a run that diverged would flatten all others."""
-    values = [y for axes in panels for line in axes.get_lines() for y in line.get_ydata()]
-    if values and min(values) > 0 and max(values) > 50 * min(values):
-        for axes in panels:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    lows, highs = zip(*(axes.get_ylim() for axes in panels), strict=True)
-    for axes in panels:
-        axes.set_ylim(min(lows), max(highs))
-
-
 def _curves(
     comparison: dict[str, Any], look: _Look, chosen: list[tuple[int, Cell]], shades: dict[str, float]
 ) -> tuple[Any, list[Any], dict[str, str]]:
     """Training loss above, the metric on validation rows below; the band spans the seeds."""
-    figure, upper, lower = _figure(4.3, rows=2)
+    figure, upper, lower = svg.figure_of(4.3, rows=2)
     titles = {}
     for index, cell in chosen:
         style, shade = look.of(cell), shades[cell["label"]]
@@ -218,7 +204,7 @@ def _curves(
                 linestyle=style["linestyle"],
                 linewidth=1.4,
                 alpha=shade,
-                label=_brief(_name(cell, look)),
+                label=svg.brief(_name(cell, look)),
                 **lonely,
             )
             band = axes.fill_between(steps, lows, highs, color=style["color"], alpha=0.12, linewidth=0)
@@ -237,7 +223,7 @@ def _rates(
 ) -> tuple[Any, list[Any], dict[str, str]]:
     """The metric on validation rows over the learning rates of a sweep; the chosen one has a ring."""
     metric = comparison["metric"]
-    figure, axes = _figure(3.2)
+    figure, axes = svg.figure_of(3.2)
     titles, ticks = {}, set()
     for index, cell in chosen:
         measured = [
@@ -254,7 +240,7 @@ def _rates(
             **{**style, "markersize": 3.5},
             linewidth=1.2,
             alpha=shade,
-            label=_brief(_name(cell, look)),
+            label=svg.brief(_name(cell, look)),
         )
         line.set_gid(f"sweep:{index}")
         titles[f"sweep:{index}"] = _name(cell, look)
@@ -311,12 +297,6 @@ def _name(cell: Cell, look: _Look) -> str:
     return f"{cell['label']} ({cell['compression']})" if len(look.bases) > 1 else str(cell["label"])
 
 
-def _brief(name: str) -> str:
-    """`name` on one line, cut where it would not leave room for the axes."""
-    name = " ".join(name.split())
-    return name if len(name) <= _ROOM else f"{name[: _ROOM - 1]}…"
-
-
 def _short(value: float) -> str:
     for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= unit:
@@ -324,46 +304,12 @@ def _short(value: float) -> str:
     return count(value)
 
 
-def _figure(height: float, rows: int = 1) -> tuple[Any, ...]:
-    """A figure for half the page, and its axes, which share the steps."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.4, height), layout="constrained")
-    axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
-    return (figure, *axes)
-
-
-def _ticks(axes: Any, shown: Callable[[float], str], base: int) -> None:
-    """Three to seven ticks in words on a logarithmic axis.
-
-    At whole powers of `base`, or 1, 2 and 5 times powers of ten; where the axis spans less, at equal distances.
-    """
-    from matplotlib.ticker import MaxNLocator
-
-    low, high = axes.get_xlim()
-    powers = range(math.floor(math.log(low, base)), math.ceil(math.log(high, base)) + 1)
-    finest = [float(base) ** power * step for power in powers for step in ((1, 2, 5) if base == 10 else (1,))]
-    inside = [value for value in finest if low <= value <= high]
-    if base == 10 and len(inside) > 7:
-        inside = [value for value in inside if math.log10(value).is_integer()]
-    if len(inside) < 3:
-        unit = 1024 ** math.floor(math.log(high, 1024)) if base == 2 else 1
-        even = [
-            unit * value
-            for value in MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(low / unit, high / unit)
-        ]
-        inside = [value for value in even if low <= value <= high]
-    inside = inside[:: max(1, math.ceil(len(inside) / 7))]
-    axes.set_xticks(inside, [shown(value) for value in inside])
-    axes.minorticks_off()
-
-
 def _legend(figure: Any, axes: Any, look: _Look, methods: set[str]) -> None:
     """What colours, lines and fillings mean, below the axes."""
     from matplotlib.lines import Line2D
 
     def line(label: str, **style: Any) -> Any:
-        return Line2D([], [], label=_brief(label), **{"color": svg.FAINT, "linewidth": 1.2, **style})
+        return Line2D([], [], label=svg.brief(label), **{"color": svg.FAINT, "linewidth": 1.2, **style})
 
     handles = [line(name, **look.method(name), markersize=5.5) for name in look.methods if name in methods]
     if len(look.bases) > 1:
@@ -374,19 +320,13 @@ def _legend(figure: Any, axes: Any, look: _Look, methods: set[str]) -> None:
         handles.append(line("Pareto front", **_FRONT))
     if any(gid.startswith("untrained") for gid in gids):
         handles.append(line("base, untrained", linewidth=0.9))
-    _below(figure, handles, 3)
+    svg.legend_below(figure, handles, 3)
 
 
 def _names(figure: Any, panels: Sequence[Any]) -> None:
     """The names of the cells' lines below the axes, each once."""
     # matplotlib's own search for them passes over labels that start with an underscore
     lines = {line.get_gid(): line for axes in panels for line in axes.get_lines()}
-    _below(figure, [line for gid, line in lines.items() if str(gid).startswith(("curve:", "sweep:"))], 2)
-
-
-def _below(figure: Any, handles: Sequence[Any], columns: int) -> None:
-    """A legend below the axes; the figure grows by its height."""
-    if handles:
-        figure.set_figheight(figure.get_figheight() + 0.17 * math.ceil(len(handles) / columns))
-        labels = [handle.get_label() for handle in handles]
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+    svg.legend_below(
+        figure, [line for gid, line in lines.items() if str(gid).startswith(("curve:", "sweep:"))], 2
+    )

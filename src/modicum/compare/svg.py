@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import html
 import io
+import math
 import re
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from modicum.errors import MissingExtraError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 INK, FAINT, RULE, PAPER, ALERT = "#010203", "#010204", "#010205", "#010206", "#010207"
 #: Okabe and Ito's colours without their yellow, which is too light for lines
@@ -60,18 +61,8 @@ _SETTINGS = {
 }
 
 
-def require() -> None:
-    """Returns when figures can be drawn; to be asked before hours are spent on what they are to show.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib as _  # noqa: F401, ICN001  (asked for, not used)
-    except ImportError as error:
-        raise MissingExtraError(
-            "the plots of a comparison need matplotlib: pip install 'modicum[compare]'"
-        ) from error
+#: letters that a name in a legend has room for
+_ROOM = 36
 
 
 @contextlib.contextmanager
@@ -81,11 +72,74 @@ def settings() -> Iterator[None]:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    require()
-    from matplotlib import style
-
+    try:
+        from matplotlib import style
+    except ImportError as error:
+        raise MissingExtraError(
+            "the plots of a comparison need matplotlib: pip install 'modicum[compare]'"
+        ) from error
     with style.context(["default", _SETTINGS]):
         yield
+
+
+def figure_of(height: float, rows: int = 1) -> tuple[Any, ...]:
+    """A figure for half the page, and its axes, which share the steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.4, height), layout="constrained")
+    axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+    return (figure, *axes)
+
+
+def same_scale(panels: Sequence[Any]) -> None:
+    """Gives all panels the same limits; logarithmic where a run that diverged would flatten all others."""
+    values = [y for axes in panels for line in axes.get_lines() for y in line.get_ydata()]
+    if values and min(values) > 0 and max(values) > 50 * min(values):
+        for axes in panels:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    lows, highs = zip(*(axes.get_ylim() for axes in panels), strict=True)
+    for axes in panels:
+        axes.set_ylim(min(lows), max(highs))
+
+
+def log_ticks(axes: Any, shown: Callable[[float], str], base: int) -> None:
+    """Three to seven ticks in words on a logarithmic axis.
+
+    At whole powers of `base`, or 1, 2 and 5 times powers of ten; where the axis spans less, at equal distances.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    low, high = axes.get_xlim()
+    powers = range(math.floor(math.log(low, base)), math.ceil(math.log(high, base)) + 1)
+    finest = [float(base) ** power * step for power in powers for step in ((1, 2, 5) if base == 10 else (1,))]
+    inside = [value for value in finest if low <= value <= high]
+    if base == 10 and len(inside) > 7:
+        inside = [value for value in inside if math.log10(value).is_integer()]
+    if len(inside) < 3:
+        unit = 1024 ** math.floor(math.log(high, 1024)) if base == 2 else 1
+        even = [
+            unit * value
+            for value in MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(low / unit, high / unit)
+        ]
+        inside = [value for value in even if low <= value <= high]
+    inside = inside[:: max(1, math.ceil(len(inside) / 7))]
+    axes.set_xticks(inside, [shown(value) for value in inside])
+    axes.minorticks_off()
+
+
+def legend_below(figure: Any, handles: Sequence[Any], columns: int) -> None:
+    """A legend below the axes; the figure grows by its height."""
+    if handles:
+        figure.set_figheight(figure.get_figheight() + 0.17 * math.ceil(len(handles) / columns))
+        labels = [handle.get_label() for handle in handles]
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+
+
+def brief(name: str) -> str:
+    """`name` on one line, cut where it would not leave room for the axes."""
+    name = " ".join(name.split())
+    return name if len(name) <= _ROOM else f"{name[: _ROOM - 1]}…"
 
 
 def inline(figure: Any, name: str, title: str, summary: str, titles: Mapping[str, str]) -> str:
