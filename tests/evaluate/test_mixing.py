@@ -175,8 +175,11 @@ def test_answers_that_the_library_generates_are_those_of_each_adapter(folder, ad
     base.config.max_position_embeddings = 300
     base.save_pretrained(folder / "long")
     load_tokenizer(str(llama())).save_pretrained(folder / "long")
-    suite = suite_of(folder, "lm-eval", gsm8k={"data": "q", "examples": "q", "num_fewshot": 0})
-    options = {"data_dir": folder, "limit": 2}
+    write_jsonl(
+        folder / "g.jsonl", [{"id": f"q-{n}", "question": f"{n}?", "answer": f"#### {n}"} for n in range(2)]
+    )
+    suite = suite_of(folder, "lm-eval", gsm8k={"data": "g", "num_fewshot": 0})
+    options = {"data_dir": folder}
     chosen = [adapters[0], adapters[4]]
     run_suite.run_suite(suite, str(folder / "long"), output=folder / "both", adapters=chosen, **options)
     texts = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,9 @@ def test_records_agree_with_the_library_and_with_a_direct_computation(tmp_path):
     gold = [sample["filtered_resps"][sample["target"]][0] for sample in found["samples"]]
     np.testing.assert_allclose(records.column("loss"), np.negative(gold), rtol=1e-5)
     metrics, theirs = result.tasks["arc_easy"].metrics, found["results"]
+    right = records.column("correct")
+    assert right.mean() == pytest.approx(theirs["acc,none"])
+    assert right.std(ddof=1) / math.sqrt(len(right)) == pytest.approx(theirs["acc_stderr,none"])
     for name in ("acc", "acc_norm"):
         assert metrics[name].value == pytest.approx(theirs[f"{name},none"])
         half = 1.959964 * theirs[f"{name}_stderr,none"]
@@ -93,11 +97,6 @@ def test_records_agree_with_the_library_and_with_a_direct_computation(tmp_path):
 
 def library_alone(rows, folder):
     """Results and samples of the library's arc_easy, from its own file, data loader, model class and entry point."""
-    import lm_eval.tasks
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    folder.mkdir()
     docs = [
         {
             "id": row["id"],
@@ -107,21 +106,103 @@ def library_alone(rows, folder):
         }
         for row in rows
     ]
-    task = {
-        "include": str(Path(lm_eval.tasks.__file__).parent / "arc" / "arc_easy.yaml"),
-        "task": "arc_easy",
+    return simply_evaluated(
+        "arc_easy", docs, folder, include=library_file("arc/arc_easy.yaml"), training_split=None
+    )
+
+
+def library_file(name):
+    import lm_eval.tasks
+
+    return str(Path(lm_eval.tasks.__file__).parent / name)
+
+
+def simply_evaluated(name, docs, folder, model="embedded", start=None, **task):
+    """Results and samples of one task of the library on `docs`; `start`: whether it sets start marks in texts."""
+    import lm_eval.tasks
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    folder.mkdir()
+    task |= {
+        "task": name,
         "dataset_path": "json",
         "dataset_name": None,
         "dataset_kwargs": {"data_files": {"test": str(write_jsonl(folder / "docs.jsonl", docs))}},
-        "training_split": None,
         "validation_split": None,
+        "test_split": "test",
     }
-    (folder / "arc_easy.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
     with harness._quietly():
-        wrapped = HFLM(load_base("embedded"), tokenizer=load_tokenizer("embedded"), batch_size=1)
+        wrapped = HFLM(load_base(model), tokenizer=load_tokenizer(model), batch_size=1, add_bos_token=start)
         manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(folder))
-        found = simple_evaluate(wrapped, tasks=["arc_easy"], task_manager=manager)
-    return {"results": found["results"]["arc_easy"], "samples": found["samples"]["arc_easy"]}
+        found = simple_evaluate(wrapped, tasks=[name], task_manager=manager)
+    return {"results": found["results"][name], "samples": found["samples"][name]}
+
+
+def test_generated_answers_agree_with_the_library(tmp_path):
+    base = load_base(str(llama()))
+    base.config.max_position_embeddings = 300
+    base.save_pretrained(tmp_path / "model")
+    load_tokenizer(str(llama())).save_pretrained(tmp_path / "model")
+    include, model = library_file("gsm8k/gsm8k.yaml"), str(tmp_path / "model")
+    rows = [{"id": f"g-{n}", "question": f"{n} and 1?", "answer": "so\n#### 1234567"} for n in range(3)]
+    options = {"include": include, "num_fewshot": 0, "fewshot_split": None, "training_split": None}
+    said = simply_evaluated("gsm8k", rows, tmp_path / "first", model, **options)["samples"]
+    numbers = {
+        one["doc"]["id"]: one["filtered_resps"][0] for one in said if one["filter"] == "flexible-extract"
+    }
+    assert sum(number != "[invalid]" for number in numbers.values()) >= 2
+    for row in rows[:2]:  # what the model says is right for some
+        row["answer"] = f"so\n#### {numbers[row['id']]}"
+    theirs = simply_evaluated("gsm8k", rows, tmp_path / "second", model, **options)["results"]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    suite = suite_of(tmp_path, gsm8k={"data": "a", "num_fewshot": 0})
+    (result,) = run_suite(suite, model, data_dir=tmp_path, output=tmp_path / "out", batch_size=3)
+    found = result.tasks["gsm8k"].metrics
+    for name in ("strict-match", "flexible-extract"):
+        ours = found[f"exact_match ({name})"]
+        assert ours.value == pytest.approx(theirs[f"exact_match,{name}"])
+        half = 1.959964 * theirs[f"exact_match_stderr,{name}"]
+        assert ours.high - ours.value == pytest.approx(half, rel=1e-5, abs=1e-9)
+    assert 0 < found["exact_match (flexible-extract)"].value < 1
+    records = Records.read(tmp_path / "out" / "gsm8k.parquet")
+    assert records.column("correct").mean() == pytest.approx(theirs["exact_match,strict-match"])
+    strict = [one["filtered_resps"][0] != "[invalid]" for one in said if one["filter"] == "strict-match"]
+    assert found["matched"].value == np.mean(strict)
+    assert found["empty"].value == np.mean([not one["resps"][0][0].strip() for one in said[:3]])
+
+
+@pytest.mark.parametrize("tokens", [40, 127])
+def test_perplexity_of_texts_agrees_with_the_library(tmp_path, tokens):
+    letters = "the dog saw a cat and the cat ran far away from it "
+    texts = [(letters * 9)[start : start + tokens - 1] + "." for start in (0, 4)]
+    texts[1] = texts[1][: tokens // 2] + "!"
+    options = {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": name} for name in ("word_perplexity", "bits_per_byte")],
+    }
+    docs = [{"text": text} for text in texts]
+    # the library puts a start mark before every text, and predicts a second one where the tokenizer sets it too
+    theirs = simply_evaluated("plain", docs, tmp_path / "theirs", str(llama()), start=False, **options)[
+        "results"
+    ]
+    write_jsonl(tmp_path / "a.jsonl", docs)
+    values = {
+        "suite": "own",
+        "protocol": "perplexity",
+        "tasks": {"a": {"data": "a", "window": 128, "stride": 64}},
+    }
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    suite = load_suite(str(tmp_path / "own.yaml"))
+    (result,) = run_suite(suite, str(llama()), data_dir=tmp_path, output=tmp_path / "out")
+    found = result.tasks["a"].metrics
+    for name in ("word_perplexity", "bits_per_byte"):
+        assert found[name].value == pytest.approx(theirs[f"{name},none"], rel=1e-5)
+    records = Records.read(tmp_path / "out" / "a.parquet")
+    assert records.column("tokens").sum() == sum(map(len, texts))
 
 
 def test_an_adapter_on_a_quantized_base(tmp_path, capsys):
@@ -185,6 +266,8 @@ def test_generated_answers(tmp_path):
     assert list(result.tasks["gsm8k"].metrics) == [
         "exact_match (strict-match)",
         "exact_match (flexible-extract)",
+        "matched",
+        "empty",
     ]
     records = Records.read(tmp_path / "out" / "gsm8k.parquet")
     assert len(records) == 2
@@ -222,7 +305,11 @@ def test_our_rows_as_the_library_reads_them(tmp_path, name, row, prompt, choices
     ("task", "rows", "fault"),
     [
         ("arc_esy", rows_of(1), "did you mean 'arc_easy'"),
-        ("boolq", rows_of(1), "lacks the column 'passage'"),
+        (
+            "boolq",
+            rows_of(1),
+            "lacks the column 'passage' for the library's task boolq, which is asked with it",
+        ),
         (
             "piqa",
             [{"question": "Q", "choices": ["x", "y"], "label": 2}],

@@ -32,6 +32,11 @@ class Found:
 NOTHING = Found("", "none")
 
 
+def before(text: str, stop: Sequence[str]) -> str:
+    """What stands before the first of the words `stop`, outer spaces removed; all of it where there is none."""
+    return re.split("|".join(map(re.escape, stop)), text, maxsplit=1)[0].strip() if stop else text
+
+
 def choice(text: str, answers: Sequence[str]) -> Found:
     """The first of `answers` in `text`, letters as they stand; where two begin alike, the first listed counts."""
     match = re.search("|".join(map(re.escape, answers)), text)

@@ -39,6 +39,9 @@ class Options(Section):
     columns: list[str] = Field(min_length=1, max_length=2, description="One or two columns of text.")
     label: str = Field("label", description="Column of the class index, or of the number.")
     labels: int = Field(ge=0, description="Classes; 0 when the label is a number.")
+    label_names: list[str] = Field(
+        [], description="Names of the classes, which rows may have instead of indices."
+    )
     metrics: list[Metric] = Field(min_length=1, description="Official metrics, the main one first.")
     max_length: int = Field(128, ge=2, description="Longest row in tokens.")
 
@@ -71,6 +74,8 @@ class Task(EvaluationTask):
                 f"labels = {options.labels} does not go with {listing(wrong) or 'a classifier'}: numbers (labels: 0) "
                 "have pearson and spearman, classes (at least 2) have accuracy, f1 and matthews"
             )
+        if len(options.label_names) not in {0, options.labels}:
+            raise ConfigError(f"{len(options.label_names)} label_names for labels = {options.labels}")
         rows = task_rows(data_dir, options.data)
         require_columns(rows, [*options.columns, options.label], f"the task {name}")
         ids = item_ids(rows)
@@ -122,6 +127,26 @@ class Task(EvaluationTask):
             for name in self.options.metrics
         }
 
+    def remarks(self, records: Records) -> list[str]:
+        """Metrics that the records leave undefined; each is 0 then, as scikit-learn has it."""
+        sides = {name: set(records.column(name)) for name in ("prediction", "reference")}
+        constant = [f"every {name} is {next(iter(seen))}" for name, seen in sides.items() if len(seen) == 1]
+        found = [
+            f"{name} is undefined and counted as 0: {' and '.join(constant)}"
+            for name in self.options.metrics
+            if constant and name in {"matthews", *_CONTINUOUS}
+        ]
+        if "f1" in self.options.metrics:
+            counted = [1] if self.options.labels == 2 else range(self.options.labels)
+            empty = [
+                str(label) for label in counted if not any(str(label) in seen for seen in sides.values())
+            ]
+            if empty:
+                found.append(
+                    f"f1 of {listing(empty)} is undefined and counted as 0: nowhere wanted or predicted"
+                )
+        return found
+
     def _item(self, name: str, logits: Any, target: float) -> Item:
         if self.kind == "regression":
             return Item(name, prediction=repr(float(logits[0])), reference=repr(float(target)))
@@ -143,6 +168,7 @@ def _reading(options: Options) -> DataOptions:
         {
             "text_columns": options.columns,
             "label_column": options.label,
+            "label_names": options.label_names or None,
             "max_length": options.max_length,
         }
     )

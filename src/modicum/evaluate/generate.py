@@ -73,12 +73,9 @@ def completions(
             batch = pad([{"input_ids": prompts[index]} for index in chosen])
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             width = batch["input_ids"].shape[1]
+            names = [adapter_names[index] for index in chosen] if adapter_names else []
             # every beam is a row of the batch
-            routed = (
-                {"adapter_names": [adapter_names[index] for index in chosen for _ in range(num_beams)]}
-                if adapter_names
-                else {}
-            )
+            routed = {"adapter_names": [name for name in names for _ in range(num_beams)]} if names else {}
             output = model.generate(**batch, **routed, generation_config=config)
             decoded = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
             yield {index: text.strip() for index, text in zip(chosen, decoded, strict=True)}

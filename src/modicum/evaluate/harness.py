@@ -21,7 +21,7 @@ from pydantic import Field
 from modicum.data.options import Section
 from modicum.errors import ConfigError, MissingExtraError, did_you_mean
 from modicum.evaluate.harness_model import library_model
-from modicum.evaluate.harness_rows import SETS, HarnessSet, converted
+from modicum.evaluate.harness_rows import SETS, HarnessSet, converted, never_right
 from modicum.evaluate.intervals import CONFIDENCE, Measure, wilson
 from modicum.evaluate.protocols import EvaluationTask, Subject, fingerprint, item_ids
 from modicum.evaluate.records import Item, Records
@@ -100,7 +100,9 @@ class Task(EvaluationTask):
             raise ConfigError(
                 f"fewer examples than num_fewshot wants: {', '.join(short)}; name rows with `examples`"
             )
-        return cls(name, options, built)
+        task = cls(name, options, built)
+        task.notes += never_right(source, rows)
+        return task
 
     def bind(self, subject: Subject) -> None:
         """See `EvaluationTask.bind`: an answer that is generated must leave room for its question."""
@@ -145,12 +147,18 @@ class Task(EvaluationTask):
             yield [(place, one) for one in items if one.item not in done[place]]
 
     def metrics(self, records: Records, details: Mapping[str, Any]) -> dict[str, Measure]:
-        """The library's metrics with its standard errors as intervals; accuracy alone for partial records."""
-        results = details.get("results")
+        """The library's metrics with its standard errors as intervals; accuracy alone for partial records.
+
+        Generated answers have the shares of items with an answer (`matched`, by the first filter) and empty ones too.
+        """
+        results, n = details.get("results"), len(records)
         if not results or not records.complete:
-            hits = sum(one.correct or 0 for one in records.items)
-            return {"acc": wilson(hits, len(records))}
-        return _pooled(list(results.values()), [len(task.eval_docs) for task in self._built.values()])
+            return {"acc": wilson(sum(one.correct or 0 for one in records.items), n)}
+        measures = _pooled(list(results.values()), [len(task.eval_docs) for task in self._built.values()])
+        if "generation" in self.decoding:
+            measures["matched"] = wilson(sum(one.matched for one in records.items), n)
+            measures["empty"] = wilson(sum(not one.prediction.strip() for one in records.items), n)
+        return measures
 
     def details(self, place: int) -> dict[str, Any]:
         """The library's version, results with standard errors, task versions and numbers of examples."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from modicum.data.checks import Faults, require_columns
+from modicum.errors import listing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
     from modicum.data.files import Rows
 
@@ -22,12 +23,15 @@ class HarnessSet:
     """How rows become what a task of the library reads.
 
     `folder`: where the library keeps the task; `columns`: what our rows must have; `convert`: one row;
-    `subject`: the column by whose values the library has one task each, named `task_value`.
+    `choices`: how many there may be; `marks`: what the text of a column must hold; `subject`: the column by whose
+    values the library has one task each, named `task_value`.
     """
 
     folder: str
     columns: tuple[str, ...]
     convert: Callable[[Row], Row]
+    choices: Sequence[int] = range(2, len(_LETTERS) + 1)
+    marks: Mapping[str, str] = field(default_factory=dict)
     subject: str | None = None
 
 
@@ -37,13 +41,13 @@ def converted(source: HarnessSet, rows: Rows, ids: list[str]) -> dict[str, list[
     Raises:
         DataError: columns are missing, or rows cannot be used; all of them.
     """
-    require_columns(rows, source.columns, "the library's task")
     name = next(key for key, value in SETS.items() if value is source)
+    require_columns(rows, source.columns, f"the library's task {name}, which is asked with it")
     faults, found = Faults(rows), {}
     for index, row in enumerate(rows.rows):
-        for fault in _faults(row, source):
-            faults.add(index, fault)
-            break
+        wrong = _faults(row, source)
+        if wrong:
+            faults.add(index, "; ".join(wrong))
         else:
             key = f"{name}_{row[source.subject]}" if source.subject else name
             found.setdefault(key, []).append({**source.convert(row), "id": ids[index]})
@@ -51,14 +55,33 @@ def converted(source: HarnessSet, rows: Rows, ids: list[str]) -> dict[str, list[
     return found
 
 
+def never_right(source: HarnessSet, rows: Rows) -> list[str]:
+    """A note on the places among the choices at which the right one never stands, where there are any."""
+    if "label" not in source.columns:
+        return []
+    labels = {row["label"] for row in rows.rows}
+    never = [
+        str(place) for place in range(max(len(row["choices"]) for row in rows.rows)) if place not in labels
+    ]
+    return [f"no item has the label {listing(never)}"] if never else []
+
+
 def _faults(row: Row, source: HarnessSet) -> list[str]:
     texts = [name for name in source.columns if name not in {"choices", "label"}]
     faults = [f"column {name!r} holds no text" for name in texts if not isinstance(row.get(name), str)]
+    faults += [
+        f"column {name!r} holds no {mark!r}"
+        for name, mark in source.marks.items()
+        if mark not in str(row.get(name))
+    ]
     if "choices" in source.columns:
         choices, label = row.get("choices"), row.get("label")
         if not isinstance(choices, list) or not all(isinstance(one, str) for one in choices):
             return [*faults, "choices must be a list of texts"]
-        if not isinstance(label, int) or not 0 <= label < len(choices):
+        if len(choices) not in source.choices:
+            few, many = min(source.choices), max(source.choices)
+            faults.append(f"{len(choices)} choices, must be {few if few == many else f'{few} to {many}'}")
+        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(choices):
             faults.append(f"label = {label!r} must be an index into the {len(choices)} choices")
     return faults
 
@@ -131,11 +154,11 @@ _CHOICES = ("question", "choices", "label")
 SETS: dict[str, HarnessSet] = {
     "arc_easy": HarnessSet("arc", _CHOICES, _lettered("question")),
     "arc_challenge": HarnessSet("arc", _CHOICES, _lettered("question")),
-    "boolq": HarnessSet("super_glue/boolq", ("passage", *_CHOICES), _boolq),
+    "boolq": HarnessSet("super_glue/boolq", ("passage", *_CHOICES), _boolq, (2,)),
     "hellaswag": HarnessSet("hellaswag", _CHOICES, _hellaswag),
-    "piqa": HarnessSet("piqa", _CHOICES, _piqa),
-    "winogrande": HarnessSet("winogrande", _CHOICES, _winogrande),
+    "piqa": HarnessSet("piqa", _CHOICES, _piqa, (2,)),
+    "winogrande": HarnessSet("winogrande", _CHOICES, _winogrande, (2,), {"question": "_"}),
     "openbookqa": HarnessSet("openbookqa", _CHOICES, _lettered("question_stem")),
-    "mmlu": HarnessSet("mmlu/default", ("subject", *_CHOICES), _mmlu, subject="subject"),
-    "gsm8k": HarnessSet("gsm8k", ("question", "answer"), _gsm8k),
+    "mmlu": HarnessSet("mmlu/default", ("subject", *_CHOICES), _mmlu, (4,), subject="subject"),
+    "gsm8k": HarnessSet("gsm8k", ("question", "answer"), _gsm8k, marks={"answer": "####"}),
 }

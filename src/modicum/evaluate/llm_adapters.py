@@ -45,6 +45,7 @@ class Options(Section):
     extract: str = Field(description="choice, number, math, or FILE.py:FUNCTION beside the suite.")
     answers: list[str] = Field([], description="choice: all possible answers.")
     closing: str = Field("The answer is: ", description="number and math: the phrase before the answer.")
+    stop: list[str] = Field([], description="Words before the first of which an answer ends.")
     slices: list[str] = Field([], description="Columns whose values group the items.")
     num_beams: int = Field(1, ge=1, description="Beams of the search; 1 is greedy.")
     max_new_tokens: int = Field(32, ge=1, description="Longest answer.")
@@ -66,6 +67,8 @@ class Task(EvaluationTask):
             options.template, options.reference, options.extract, options.answers, options.closing
         )
         self.decoding = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
+        if options.stop:
+            self.decoding["stop"] = options.stop
 
     @classmethod
     def prepare(
@@ -107,14 +110,14 @@ class Task(EvaluationTask):
         texts = [self._prompts[index] for _, index in rows]
         ids = subject.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
         prompts = [start + prompt for prompt in ids]
-        names = subject.routed(place for place, _ in rows).get("adapter_names")
         for batch in completions(
             subject.model,
             subject.tokenizer,
             prompts,
+            num_beams=self.options.num_beams,
+            max_new_tokens=self.options.max_new_tokens,
             batch_size=batch_size,
-            adapter_names=names,
-            **self.decoding,
+            adapter_names=subject.routed(place for place, _ in rows).get("adapter_names"),
         ):
             found = [(*rows[at], text) for at, text in batch.items()]
             yield [(place, self._item(index, text)) for place, index, text in found]
@@ -135,6 +138,7 @@ class Task(EvaluationTask):
 
     def _item(self, index: int, text: str) -> Item:
         row = self._rows[index]
+        text = answers.before(text, self.options.stop)
         found, wanted = self._extract(text, row), row[self.options.reference]
         same = {"number": answers.same_number, "math": answers.same_expression}.get(
             self.options.extract, str.__eq__
@@ -163,6 +167,10 @@ def _extractor(options: Options, folder: Path | None) -> Callable[[str, dict[str
 
     def extract(text: str, row: dict[str, Any]) -> Found:
         answer = own(text, row)
+        if answer is not None and not isinstance(answer, str):
+            raise ConfigError(
+                f"{options.extract} gave {answer!r}; it must return text, or None where there is none"
+            )
         return answers.Found(answer, "literal") if answer else answers.NOTHING
 
     return extract

@@ -64,9 +64,18 @@ def matthews(predicted: Array, labels: Array) -> float:
 def pearson(x: Array, y: Array) -> float:
     """Linear correlation; 0 when either side is constant."""
     x, y = np.asarray(x, float), np.asarray(y, float)
-    x, y = x - x.mean(), y - y.mean()
-    below = math.sqrt((x @ x) * (y @ y))
-    return float(x @ y / below) if below else 0.0
+    # by their ends: rounding of the mean makes constants look as if they varied
+    if x.min() == x.max() or y.min() == y.max():
+        return 0.0
+    x, y = _centred(x), _centred(y)
+    return float(np.clip(x @ y / math.sqrt((x @ x) * (y @ y)), -1, 1))
+
+
+def _centred(x: Array) -> Array:
+    """Distances from the mean, the largest of them 1, so that no square over- or underflows."""
+    x = x / np.abs(x).max()
+    x = x - x.mean()
+    return x / np.abs(x).max()
 
 
 def ranks(values: Array) -> Array:

@@ -97,6 +97,11 @@ class EvaluationTask(ABC):
     def metrics(self, records: Records, details: Mapping[str, Any]) -> dict[str, Measure]:
         """The metrics of complete or partial records and what `details` said of them, the main one first."""
 
+    def remarks(self, records: Records) -> list[str]:
+        """What is odd about the metrics of these records: which of them are undefined, and what stands for them."""
+        del records  # most metrics are always defined
+        return []
+
     def bind(self, subject: Subject) -> None:  # noqa: B027, most tasks have no use for it
         """Settle in place what depends on the subject: the items of a text depend on its tokenizer."""
 
