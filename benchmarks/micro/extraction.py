@@ -112,7 +112,15 @@ def write(about: dict[str, Any], runs: list[dict[str, Any]]) -> None:
 
 def shown(about: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
     """The table of the docs."""
-    columns = ["threads", "baseline", "parameters kept", "MLP, heads", "prefill", "decode"]
+    columns = [
+        "threads",
+        "baseline",
+        "parameters kept",
+        "MLP, heads",
+        "prefill",
+        "decode",
+        "decode by traffic",
+    ]
     rows = []
     for run in runs:
         for model in run["models"]:
@@ -121,13 +129,27 @@ def shown(about: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
             arm = about[model["name"]]
             kept = f"{100 * arm['share']:.1f} %"
             cells = [run["threads"], run["baseline"], kept, f"{arm['mlp']}, {arm['heads']}"]
-            rows.append([*cells, ratio(model["prefill_ratio"]), ratio(model["decode_ratio"])])
+            traffic = (1 + lora_share() * (run["baseline"] == "unmerged LoRA")) / arm["linear_share"]
+            rows.append(
+                [*cells, ratio(model["prefill_ratio"]), ratio(model["decode_ratio"]), f"{traffic:.2f}"]
+            )
     note = (
         "Times as fast as the baseline named in the row, with 95 % intervals over paired turns: random Llama of 1.1B "
         "parameters, bfloat16, prompt 128, 32 tokens decoded, batch 1. The unmerged baseline is the dense model with "
-        "PEFT's LoRA of rank 32 beside it; only the merged one tells what cutting brings."
+        "PEFT's LoRA of rank 32 beside it; only the merged one tells what cutting brings. By traffic: the ratio of the "
+        "weights that one token reads, which is what decoding comes to where memory is all that counts."
     )
     return {"columns": columns, "rows": rows, "note": note}
+
+
+def lora_share() -> float:
+    """Numbers of the LoRA beside the dense model, as a share of those in its linear layers."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(shape(small=False))
+    linear = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    head = model.lm_head.weight
+    beside = sum(RANK * sum(weight.shape) for weight in linear if weight is not head)
+    return beside / sum(weight.numel() for weight in linear)
 
 
 def ratio(measured: dict[str, Any]) -> str:
