@@ -7,6 +7,7 @@ text, the matrices are changed one by one. Either way each unit is kept as soon 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from dataclasses import asdict, dataclass
@@ -16,15 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from modicum.compress.calibration import Sequences, calibration_sequences, evaluation_sequences
+from modicum.compress.source import Source
 from modicum.compress.streaming import watching
-from modicum.errors import ModicumError
+from modicum.errors import ConfigError, ModicumError
 from modicum.models.loading import load_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from modicum.compress.source import Linear, Source
+    from modicum.compress.source import Linear
     from modicum.compress.streaming import Stack
     from modicum.compress.work import Work
 
@@ -70,6 +72,25 @@ class Accumulator(Protocol):
 
 
 A = TypeVar("A", bound=Accumulator)
+
+
+@contextlib.contextmanager
+def opened(model: str, output: Path, faults: list[str], job: str) -> Iterator[Source]:
+    """The checkpoint of `model`; what is wrong with it joins `faults`, which tell why `job` cannot be done.
+
+    Raises:
+        ConfigError: there is no such model, with the faults that were known before.
+    """
+    try:
+        source = Source(model)
+    except ModicumError as error:
+        if not faults:
+            raise
+        raise ConfigError(f"cannot {job} {model}: {'; '.join([str(error), *faults])}") from error
+    with source:
+        if output.resolve() == source.folder.resolve():
+            faults.append("the output is the model itself; write to another folder")
+        yield source
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from modicum.compress.layerwise import (
     identity,
     keep,
     one_by_one,
+    opened,
     perplexities,
 )
 from modicum.compress.quantize_plan import Plan
@@ -38,11 +39,10 @@ from modicum.compress.quantize_report import (
     bits_of,
 )
 from modicum.compress.rounding import Rounded, rounded
-from modicum.compress.source import Linear, Source
 from modicum.compress.streaming import Stack, watching
 from modicum.compress.work import Work
 from modicum.compress.writing import write_folder
-from modicum.errors import ConfigError, ModicumError
+from modicum.errors import ConfigError
 from modicum.ops.affine import Grid, decode, pack, unpack
 from modicum.ops.gptq import Hessian
 from modicum.quant.huggingface import AffineConfig
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from modicum.compress.layerwise import Unit
+    from modicum.compress.source import Linear, Source
 
 
 def quantize_model(
@@ -79,15 +80,7 @@ def quantize_model(
     faults = options.faults() + (faults_of(options) if foreign else [])
     fault = work.fault(resume=resume and not foreign, overwrite=overwrite, resumable=not foreign)
     faults += [fault] if fault else []
-    try:
-        source = Source(model)
-    except ModicumError as error:
-        if not faults:
-            raise
-        raise ConfigError(f"cannot quantize {model}: {'; '.join([str(error), *faults])}") from error
-    with source:
-        if work.output.resolve() == source.folder.resolve():
-            faults.append("the output is the model itself; write to another folder")
+    with opened(model, work.output, faults, "quantize") as source:
         if foreign:
             report = quantize_with_bitsandbytes(source, options, work, model, faults, dry_run=dry_run)
             if not dry_run:

@@ -24,7 +24,7 @@ import torch
 
 from modicum.adapters.merge_report import TOLERANCES, relative_error
 from modicum.compress.calibration import calibration_sequences
-from modicum.compress.source import Source
+from modicum.compress.layerwise import opened
 from modicum.compress.writing import write_shards
 from modicum.errors import ConfigError, InexactMergeError, did_you_mean, not_among, too_low
 from modicum.models.architecture import read_config
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from modicum.compress.source import Source
     from modicum.models.families import Port, Width
 
 KINDS = ("mlp", "heads")
@@ -130,16 +131,12 @@ def reorder_model(
         )
     if faults:
         raise ConfigError(f"cannot reorder {model}: {'; '.join(faults)}")
-    with Source(model) as source:
-        if target.exists() and target.resolve() == source.folder.resolve():
-            raise ConfigError(
-                f"cannot reorder {model}: the output is the model itself; write to another folder"
-            )
+    with opened(model, target, faults, "reorder") as source:
         chosen = [width for width in widths(source.model) if width.kind in options.kinds]
         if not chosen:
-            raise ConfigError(
-                f"cannot reorder {model}: it has no {' or '.join(options.kinds)} that can be moved"
-            )
+            faults.append(f"it has no {' or '.join(options.kinds)} that can be moved")
+        if faults:
+            raise ConfigError(f"cannot reorder {model}: {'; '.join(faults)}")
         tokenizer = load_tokenizer(model)
         text = calibration_sequences(
             options.calibration, tokenizer, options.sequences, options.sequence_length

@@ -20,20 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from modicum._version import __version__
-from modicum.compress.layerwise import change_layer, go_through, identity, one_by_one, perplexities
-from modicum.compress.source import Linear, Source
+from modicum.compress.layerwise import change_layer, go_through, identity, one_by_one, opened, perplexities
 from modicum.compress.sparsify_plan import Plan
 from modicum.compress.sparsify_report import REPORT, LayerReport, SparsifyOptions, SparsityReport
 from modicum.compress.streaming import Stack
 from modicum.compress.work import Work
 from modicum.compress.writing import write_folder
-from modicum.errors import ConfigError, ModicumError, listing
+from modicum.errors import ConfigError, listing
 from modicum.ops.sparsity import InputNorms, magnitude_scores, mask, mask_n_m, wanda_scores
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from modicum.compress.layerwise import Unit
+    from modicum.compress.source import Linear, Source
 
 
 def sparsify_model(
@@ -61,15 +61,7 @@ def sparsify_model(
     faults = options.faults()
     fault = work.fault(resume=resume, overwrite=overwrite, resumable=True)
     faults += [fault] if fault else []
-    try:
-        source = Source(model)
-    except ModicumError as error:
-        if not faults:
-            raise
-        raise ConfigError(f"cannot sparsify {model}: {'; '.join([str(error), *faults])}") from error
-    with source:
-        if work.output.resolve() == source.folder.resolve():
-            faults.append("the output is the model itself; write to another folder")
+    with opened(model, work.output, faults, "sparsify") as source:
         plan = Plan.of(source, options)
         faults += plan.faults
         if not dry_run:
