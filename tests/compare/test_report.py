@@ -234,6 +234,11 @@ def test_a_sweep_without_choice_and_runs_without_curves_have_no_plots(whole):
     assert 'id="rates"' not in page(bare)
 
 
+def test_curves_are_means_over_the_seeds_that_have_a_step():
+    seeds = [[[1, 2.0], [2, float("nan")], [3, None]], [[1, 4.0], [2, 5.0]], []]
+    assert plots._over_steps(seeds) == [(1, 3.0, 2.0, 4.0), (2, 5.0, 5.0, 5.0)]
+
+
 def test_diverged_runs_are_shown_as_such(whole):
     wild = copy.deepcopy(whole)
     wild["cells"][0]["metrics"]["accuracy"] = measure(float("nan"), 0.1)

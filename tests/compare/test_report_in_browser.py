@@ -72,6 +72,14 @@ def test_every_plot_is_there_with_every_cell(opened, report):
     assert opened.logged == []
 
 
+def test_bands_are_wider_than_their_lines(opened):
+    heights = opened.evaluate("""[...document.querySelectorAll(".plot")].flatMap((plot) => {
+        const lines = [...plot.querySelectorAll(".curve")], bands = [...plot.querySelectorAll(".band")];
+        return lines.map((line, index) => [line, bands[index]].map((part) => part.getBBox().height)); })""")
+    assert heights
+    assert all(band > line for line, band in heights)
+
+
 def test_marks_stand_where_their_numbers_are(opened):
     # better is higher, more values is further to the right
     places = opened.evaluate("""[...document.querySelectorAll("#plot-trained-values .mark")].map((mark) => {
@@ -169,6 +177,7 @@ def _luminance(colour):
 def test_names_run_nothing(window, tmp_path):
     harmed = copy.deepcopy(comparison())
     harmed["name"] = HOSTILE
+    harmed["conditions"]["model"] = "unbroken" * 40
     for each in harmed["cells"]:
         each["label"] = HOSTILE
         each["error"] = each["error"] and HOSTILE
