@@ -119,13 +119,13 @@ def test_a_resumed_run_takes_what_all_its_attempts_took(tmp_path, monkeypatch):
             with pytest.raises(StopError):
                 tune(recipe, resume=True)
     log = recipe.folder / "checkpoints" / "resources-0.json"
-    legs = json.loads(log.read_text())["legs"]
+    legs = json.loads(log.read_text())["attempts"]
     assert len(legs) == 2
     # as if the attempts had been long ones
     for leg in legs:
         leg["seconds"] += 1000.0
         leg["cpu_seconds"] += 2000.0
-    log.write_text(json.dumps({"legs": legs}))
+    log.write_text(json.dumps({"attempts": legs}))
     used = tune(recipe, resume=True).report["resources"]
     before = sum(leg["seconds"] for leg in legs)
     assert before < used["seconds"] < before + 500
@@ -144,7 +144,7 @@ def test_what_a_killed_run_took_is_on_disk_with_its_checkpoints(tmp_path, monkey
     stop_at(monkeypatch, 4)
     with pytest.raises(StopError):
         tune(recipe)
-    legs = json.loads((recipe.folder / "checkpoints" / "resources-0.json").read_text())["legs"]
+    legs = json.loads((recipe.folder / "checkpoints" / "resources-0.json").read_text())["attempts"]
     assert len(legs) == 1
     assert legs[0]["seconds"] > 0
 

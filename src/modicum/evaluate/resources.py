@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import sys
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Self, final
 
 import psutil
 
-from modicum.errors import ConfigError, did_you_mean
+from modicum.errors import ConfigError, ModicumError, did_you_mean
 from modicum.evaluate.energy import POWERCAP, Energy
+from modicum.store.atomic import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +25,8 @@ _HOUR = 3600.0
 _JOULES_PER_KWH = 3.6e6
 #: what of a peak that belongs to this stretch alone, and of one since the process began
 RUN, PROCESS = "run", "process"
+#: seconds between two writes of a `ResourceFile`
+_NOTE_EVERY = 20.0
 
 
 @final
@@ -83,6 +87,52 @@ class Resources:
         self._resident = now if self._resident is None else max(self._resident, now or 0)
         for index, peak in _gpu_peaks().items():
             self._gpu_peaks[index] = max(self._gpu_peaks.get(index, 0), peak)
+
+
+@final
+class ResourceFile:
+    """Within a `with` block, what work takes that may be interrupted and go on: every attempt is kept in a file.
+
+    `path`: the file, JSON with one entry of `Resources.as_dict` per attempt under `attempts`, and their `total`.
+    `processor`: see `Energy`.
+    """
+
+    def __init__(self, path: Path, *, processor: bool = True) -> None:
+        self._path = path
+        self._used = Resources(processor=processor)
+        self._before: list[dict[str, Any]] = []
+        self._noted = 0.0
+
+    def __enter__(self) -> Self:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            self._before = json.loads(self._path.read_text(encoding="utf-8"))["attempts"]
+        self._used.__enter__()
+        self._noted = time.monotonic()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._used.__exit__(*error)
+        if isinstance(error[1], ModicumError) and not self._path.exists():
+            return  # what is refused leaves nothing behind
+        # where the disk is full, that is the error to tell
+        with contextlib.suppress(OSError) if error[0] is not None else contextlib.nullcontext():
+            self.note()
+
+    def total(self) -> dict[str, Any]:
+        """What all attempts took so far."""
+        return total([*self._before, self._used.as_dict()])
+
+    def note(self) -> None:
+        """Write the file as of now."""
+        attempts = [*self._before, self._used.as_dict()]
+        text = json.dumps({"attempts": attempts, "total": total(attempts)}, indent=1)
+        write_text(self._path, text + "\n")
+        self._noted = time.monotonic()
+
+    def note_now_and_then(self) -> None:
+        """Write the file if it is some time old: what a process that is killed took since is not counted."""
+        if time.monotonic() - self._noted >= _NOTE_EVERY:
+            self.note()
 
 
 #: blocks that are being measured; the peaks of the system are the process's, and setting them back meets all of them

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import sys
 import time
 from statistics import median
@@ -12,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from transformers import TrainerCallback
 
-from modicum.evaluate.resources import Resources, together, total
-from modicum.store.atomic import write_text
+from modicum.evaluate.resources import ResourceFile, together
 from modicum.train import artifacts
 
 if TYPE_CHECKING:
@@ -22,8 +19,6 @@ if TYPE_CHECKING:
     from modicum.data.sampling import EpochSampler
 
 Show = Literal["auto", "bar", "lines", "none"]
-#: seconds between two writes of what a run took so far: what is not counted of one that is killed
-_NOTE_EVERY = 20.0
 
 
 class Meter(TrainerCallback):
@@ -65,33 +60,25 @@ class Meter(TrainerCallback):
 class ResourceLog(TrainerCallback):
     """Measures, within a `with` block, what a run takes, together with what it took before it was interrupted.
 
-    Every process keeps a file of its own beside the checkpoints of `folder`, which goes when they go.
+    Every process keeps a `ResourceFile` of its own beside the checkpoints of `folder`, which goes when they go.
     """
 
     def __init__(self, folder: Path, processes: Any) -> None:
-        self._path = folder / artifacts.CHECKPOINTS / f"resources-{processes.process_index}.json"
         self._alone = processes.num_processes == 1
+        path = folder / artifacts.CHECKPOINTS / f"resources-{processes.process_index}.json"
         # the counters of a processor are those of the machine: one of its processes reads them
-        self._used = Resources(processor=processes.local_process_index == 0)
-        self._before: list[dict[str, Any]] = []
-        self._noted = 0.0
+        self._file = ResourceFile(path, processor=processes.local_process_index == 0)
 
     def __enter__(self) -> Self:
-        known = artifacts.read_json(self._path)
-        self._before = known["legs"] if known else []
-        self._used.__enter__()
-        self._noted = time.monotonic()
+        self._file.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._used.__exit__(*error)
-        # where the disk is full, that is the error to tell
-        with contextlib.suppress(OSError) if error[0] is not None else contextlib.nullcontext():
-            self._note()
+        self._file.__exit__(*error)
 
     def total(self) -> dict[str, Any]:
         """What all processes took so far, all interrupted attempts included; see `Resources.as_dict`."""
-        mine = total([*self._before, self._used.as_dict()])
+        mine = self._file.total()
         if self._alone:
             return mine
         from accelerate.utils import gather_object
@@ -101,18 +88,12 @@ class ResourceLog(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write down what was taken so far, with every checkpoint."""
         del args, state, control, kwargs
-        self._note()
+        self._file.note()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write down what was taken so far, now and then."""
         del args, state, control, kwargs
-        if time.monotonic() - self._noted >= _NOTE_EVERY:
-            self._note()
-
-    def _note(self) -> None:
-        legs = [*self._before, self._used.as_dict()]
-        write_text(self._path, json.dumps({"legs": legs}, indent=1) + "\n")
-        self._noted = time.monotonic()
+        self._file.note_now_and_then()
 
 
 class EpochSetter(TrainerCallback):

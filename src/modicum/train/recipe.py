@@ -17,6 +17,7 @@ from modicum.search.options import SearchOptions
 from modicum.search.spec import read_space
 from modicum.train import defaults
 from modicum.train.methods import option_faults
+from modicum.train.options import TrainOptions
 from modicum.train.stages import AFTER, BEFORE, ElasticOptions, ExtractOptions, MergeOptions, stage_faults
 from modicum.train.yaml_lines import Lines, read_yaml, yaml_value
 
@@ -54,56 +55,6 @@ class MethodOptions(BaseModel):
     def options(self) -> dict[str, Any]:
         """The method's options, without its name."""
         return dict(self.model_extra or {})
-
-
-class TrainOptions(Section):
-    """How to train. One step sees `batch_size` x `gradient_accumulation_steps` rows on any number of devices."""
-
-    epochs: float = Field(3.0, gt=0, description="Passes over the training rows.")
-    max_steps: int | None = Field(None, ge=1, description="Number of steps; takes the place of `epochs`.")
-    batch_size: int = Field(16, ge=1, description="Rows per forward pass, over all devices together.")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="Forward passes per step.")
-    eval_batch_size: int | None = Field(None, ge=1, description="Rows per evaluation pass and device.")
-    learning_rate: float | None = Field(None, gt=0, description="Peak learning rate; by method when unset.")
-    head_learning_rate: float | None = Field(
-        None, gt=0, description="Peak learning rate of a classification head."
-    )
-    scheduler: Literal["linear", "cosine", "constant"] = Field(
-        "linear", description="Learning-rate schedule."
-    )
-    warmup_ratio: float = Field(0.06, ge=0, lt=1, description="Share of the steps that warm up.")
-    weight_decay: float = Field(0.0, ge=0, description="Weight decay, on matrices only.")
-    max_grad_norm: float = Field(
-        1.0, ge=0, description="Gradient norm above which gradients are scaled; 0: never."
-    )
-    optim: str = Field("adamw_torch", description="Optimizer by its Transformers name.")
-    seed: int = Field(0, ge=0, description="Seed of the head, the adapter, the row order and dropout.")
-    bf16: bool = Field(False, description="Compute in bfloat16 (autocast).")
-    fp16: bool = Field(False, description="Compute in float16 (autocast with loss scaling).")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations to save memory.")
-    use_reentrant: bool = Field(False, description="Recompute with PyTorch's older, reentrant method.")
-    eval_steps: int | None = Field(
-        None, ge=1, description="Steps between evaluations; every epoch when unset."
-    )
-    save_steps: int | None = Field(
-        None, ge=1, description="Steps between checkpoints; as evaluations when unset."
-    )
-    logging_steps: int = Field(10, ge=1, description="Steps between logged losses.")
-    report_to: Literal["tensorboard", "trackio", "wandb", "none"] | None = Field(
-        None, description="Experiment tracker; tensorboard when it is installed and this is unset."
-    )
-    metric: str | None = Field(
-        None, description="Validation metric that selects checkpoints and learning rates."
-    )
-    load_best: bool | None = Field(
-        None, description="Keep the best checkpoint; when unset, if there is validation."
-    )
-    early_stopping_patience: int | None = Field(
-        None, ge=1, description="Evaluations without gain before stopping."
-    )
-    evaluate_before: bool = Field(True, description="Measure the metrics before training too.")
-    device: Literal["auto", "cpu"] = Field("auto", description="Where to train.")
-    num_workers: int = Field(0, ge=0, description="Processes that prepare batches.")
 
 
 class SweepOptions(Section):
@@ -261,7 +212,7 @@ def make_recipe(values: Mapping[str, Any], name: str = "recipe", lines: Lines | 
     if recipe is not None:
         faults += [*_cross_faults(recipe), *_stage_faults(recipe)]
     if faults or recipe is None:
-        raise ConfigError("\n".join(_located(name, loc, message, lines or {}) for loc, message in faults))
+        raise ConfigError("\n".join(located(name, loc, message, lines or {}) for loc, message in faults))
     return recipe
 
 
@@ -328,7 +279,8 @@ def _names_at(loc: tuple[str | int, ...]) -> list[str]:
     return list(section.model_fields)
 
 
-def _located(name: str, loc: tuple[str | int, ...], message: str, lines: Lines) -> str:
+def located(name: str, loc: tuple[str | int, ...], message: str, lines: Lines) -> str:
+    """`message` with the file's name and the line of `loc`, or of the nearest thing around it that has one."""
     line = next((lines[loc[:end]] for end in range(len(loc), 0, -1) if loc[:end] in lines), None)
     return f"{name}:{line}: {message}" if line else f"{name}: {message}"
 

@@ -17,9 +17,12 @@ from modicum.train.methods import BASELINES, FULL, apply_method, trained_values
 from modicum.train.recipe import Recipe, make_recipe
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from modicum.train.callbacks import ResourceLog, Show
+    from transformers import TrainerCallback
+
+    from modicum.train.callbacks import Show
     from modicum.train.trainer import TwoRateTrainer
 
 
@@ -73,7 +76,10 @@ def tune(
         ModicumError: the disk is full.
     """
     from modicum.train.sweep import run_sweep
+    from modicum.train.trackers import chosen
 
+    # before anything is written
+    chosen(recipe)
     with artifacts.disk_guard(recipe.folder), quiet_transformers():
         if recipe.sweep is not None:
             return run_sweep(recipe, resume=resume, overwrite=overwrite, data=data, show=show)
@@ -89,44 +95,54 @@ def run_one(
     show: Show = "none",
     use_test: bool = True,
     title: str = "",
+    sweep: str | None = None,
 ) -> TuneResult:
-    """The finished single run of `recipe`; see `tune`. Without `use_test` the test rows stay unseen."""
+    """The finished single run of `recipe`; see `tune`. Without `use_test` the test rows stay unseen.
+
+    `title` says on the screen, and `sweep` to experiment trackers, what it is a part of.
+    """
     from modicum.train.callbacks import ResourceLog
+    from modicum.train.trackers import Trackers
 
     folder = recipe.folder
     finished = claim(recipe, resume=resume, overwrite=overwrite)
     if finished is not None:
         return TuneResult(folder, finished, reused=True)
-    with ResourceLog(folder, process_state(recipe)) as used:
-        loaded = load(recipe, data)
-        trainer, timing = _train(recipe, loaded, used, show, title)
-        metrics = {
-            "before": _before(trainer, loaded.data.validation),
-            "validation": _validation(trainer, loaded.data.validation),
-            "test": measure(trainer, loaded.data.test) if use_test else None,
-        }
-    report = _report(recipe, loaded, trainer, timing, metrics)
-    report["resources"] = used.total()
-    if trainer.is_world_process_zero():
-        _save(recipe, loaded, report, folder)
+    processes = process_state(recipe)
+    with Trackers(recipe, main=processes.is_main_process, sweep=sweep) as trackers:
+        with ResourceLog(folder, processes) as used:
+            loaded = load(recipe, data)
+            trainer, timing = _train(recipe, loaded, [used, *trackers.callbacks], show, title)
+            metrics = {
+                "before": _before(trainer, loaded.data.validation),
+                "validation": _validation(trainer, loaded.data.validation),
+                "test": measure(trainer, loaded.data.test) if use_test else None,
+            }
+        report = _report(recipe, loaded, trainer, timing, metrics)
+        report["resources"] = used.total()
+        if trainer.is_world_process_zero():
+            _save(recipe, loaded, report, folder)
+            trackers.finish(report)
     trainer.accelerator.wait_for_everyone()
     return TuneResult(folder, artifacts.read_json(folder / artifacts.REPORT) or report)
 
 
 def _train(
-    recipe: Recipe, loaded: Loaded, used: ResourceLog, show: Show, title: str
+    recipe: Recipe, loaded: Loaded, watching: Sequence[TrainerCallback], show: Show, title: str
 ) -> tuple[TwoRateTrainer, dict[str, Any]]:
     """The trainer of a run whose training is over, and the run's timing."""
     from modicum.train.callbacks import Meter, Progress
+    from modicum.train.trackers import name_run
     from modicum.train.trainer import build_trainer
 
     folder = recipe.folder
     checkpoint = artifacts.last_checkpoint(folder)
     meter, progress = Meter(), Progress(show, title)
-    callbacks = [meter, used] if show == "none" else [meter, used, progress]
+    callbacks = [meter, *watching] if show == "none" else [meter, *watching, progress]
     trainer = build_trainer(
         recipe, loaded.model, loaded.data, loaded.tokenizer.pad_token_id, folder, callbacks
     )
+    name_run(trainer.args, folder)
     if recipe.elastic is not None:
         from modicum.train.elastic import ElasticTraining
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from typing import TYPE_CHECKING, Any
 
 from modicum.data.prepare import Prepared, prepare
 from modicum.errors import ConfigError
 from modicum.evaluate.intervals import over_seeds
+from modicum.evaluate.resources import total
 from modicum.models.loading import load_tokenizer
 from modicum.train import artifacts
 from modicum.train.run import TuneResult, claim, finished_model, measure, process_state, run_one
@@ -36,14 +38,17 @@ def run_sweep(
     Raises:
         ConfigError: several rates but no validation rows to choose by.
     """
+    from modicum.train.callbacks import ResourceLog
+
     finished = claim(recipe, resume=resume, overwrite=overwrite, report=SUMMARY)
     if finished is not None:
         return TuneResult(recipe.folder, finished, reused=True)
     sweep = recipe.sweep
     assert sweep is not None
     rates, seeds = learning_rates(recipe), sweep.seeds
-    tokenizer = load_tokenizer(recipe.model.name_or_path, revision=recipe.model.revision)
-    data = data or prepare(recipe.data, tokenizer, recipe.model.task, recipe.model.num_labels)
+    with ResourceLog(recipe.folder, process_state(recipe)):
+        tokenizer = load_tokenizer(recipe.model.name_or_path, revision=recipe.model.revision)
+        data = data or prepare(recipe.data, tokenizer, recipe.model.task, recipe.model.num_labels)
     if len(rates) > 1 and data.validation is None:
         raise ConfigError(
             "choosing among learning rates needs validation rows: set data.validation or data.validation_fraction"
@@ -62,17 +67,35 @@ def run_sweep(
             show=show,
             use_test=False,
             title=title,
+            sweep=str(recipe.folder),
         )
 
     first = seeds if sweep.select_on == "all_seeds" or len(rates) == 1 else seeds[:1]
     cells: Cells = {rate: [run(rate, seed) for seed in first] for rate in rates}
     best = choose(recipe, cells) if len(rates) > 1 else rates[0]
     cells[best] += [run(best, seed) for seed in seeds if seed not in first]
-    tests = [_test(recipe, best, seed, tokenizer, data) for seed in seeds] if data.test is not None else []
-    summary = summarize(recipe, cells, best, tests)
+    return _finish(recipe, cells, best, tokenizer, data)
+
+
+def _finish(recipe: Recipe, cells: Cells, best: float, tokenizer: Any, data: Prepared) -> TuneResult:
+    """Measures the chosen runs on the test rows, and writes the summary."""
+    from modicum.train.callbacks import ResourceLog
+    from modicum.train.trackers import publish_sweep
+
+    assert recipe.sweep is not None
     state = process_state(recipe)
+    seeds = recipe.sweep.seeds if data.test is not None else []
+    # what the sweep does itself; its runs count for themselves
+    with ResourceLog(recipe.folder, state) as own:
+        tests = [_test(recipe, best, seed, tokenizer, data) for seed in seeds]
+    summary = summarize(recipe, cells, best, tests)
+    # runs that an earlier version finished have none
+    used = [found for runs in cells.values() for cell in runs if (found := cell.report.get("resources"))]
+    summary["resources"] = total([*used, own.total()])
     if state.is_main_process:
         artifacts.write_json(recipe.folder / SUMMARY, summary)
+        shutil.rmtree(recipe.folder / artifacts.CHECKPOINTS, ignore_errors=True)
+        publish_sweep(recipe, summary)
     state.wait_for_everyone()
     return TuneResult(recipe.folder, summary)
 

@@ -12,7 +12,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traini
 
 from modicum.data.encoded import IGNORED, Collator
 from modicum.data.sampling import EpochSampler
-from modicum.errors import ConfigError, MissingExtraError
+from modicum.errors import ConfigError
 from modicum.evaluate import metrics as formulas
 from modicum.train.callbacks import EpochSetter
 from modicum.train.methods import head_parameters
@@ -97,7 +97,7 @@ def build_trainer(
     folder: Path,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TwoRateTrainer:
-    """The trainer of one run: checkpoints in `folder`/checkpoints, logs in `folder`/logs.
+    """The trainer of one run, with checkpoints in `folder`/checkpoints.
 
     Raises:
         ConfigError: the batch does not divide over the processes, or something needs validation rows.
@@ -125,9 +125,6 @@ def build_trainer(
             batch_size=recipe.train.batch_size,
         )
         trainer.add_callback(EpochSetter(trainer.sampler))
-    tracker = _tracker(recipe, arguments, folder)
-    if tracker is not None:
-        trainer.add_callback(tracker)
     if not is_language:
         # the number of rows of a step is for our loss function; models of this kind would only pass it on unused
         trainer.model_accepts_loss_kwargs = False
@@ -230,29 +227,6 @@ def _scheduler(recipe: Recipe) -> str:
 def _stopping(recipe: Recipe, data: Prepared) -> list[TrainerCallback]:
     patience = recipe.train.early_stopping_patience
     return [EarlyStoppingCallback(patience)] if patience and data.validation is not None else []
-
-
-def _tracker(recipe: Recipe, arguments: TrainingArguments, folder: Path) -> Any:
-    """The callback of the experiment tracker, only where something is written; None for none."""
-    import importlib.util
-
-    wanted = recipe.train.report_to
-    if wanted is None:
-        wanted = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
-    if wanted == "none" or arguments.process_index != 0:
-        return None
-    if importlib.util.find_spec(wanted) is None:
-        hint = "pip install modicum[tracking]" if wanted == "tensorboard" else f"pip install {wanted}"
-        raise MissingExtraError(f"train.report_to = {wanted} needs a package that is not installed: {hint}")
-    if wanted == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-        from transformers.integrations.integration_utils import TensorBoardCallback
-
-        return TensorBoardCallback(SummaryWriter(str(folder / "logs")))
-    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
-
-    arguments.run_name = str(folder)
-    return get_reporting_integration_callbacks([wanted])[0]()
 
 
 def first_logits(logits: Any, labels: Tensor) -> Tensor:
