@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from modicum.cli._common import JsonFlag, emit, progress, table
-from modicum.cli._suites import check_suite, run_suites
+from modicum.cli._common import JsonFlag, emit, table
+from modicum.cli._suites import check_suite, run_rows, run_suites
 from modicum.errors import ConfigError
 
 
@@ -65,6 +65,10 @@ def run(
     validate: Annotated[
         bool, typer.Option("--validate", help="Check the suite and its data; run nothing.")
     ] = False,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option("--report-to", help="mlflow, trackio, tensorboard or wandb get the results too."),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Measure MODEL (carrying ADAPTER) on the rows of DATA, or on the tasks of SUITE; metrics come with intervals."""
@@ -75,7 +79,7 @@ def run(
             check_suite(suite, protocol, only, data_dir, as_json)
             return
         run_suites(
-            suite, protocol, only, data_dir, as_json, model=_given(model, "--model"),
+            suite, protocol, only, data_dir, as_json, report_to or (), model=_given(model, "--model"),
             output=_given(output, "--output"), adapters=adapter or (), limit=limit, resume=resume,
             batch_size=batch_size, adapters_at_once=adapters_at_once, dtype=dtype,
         )  # fmt: skip
@@ -84,19 +88,12 @@ def run(
         raise ConfigError("--protocol, --only, --limit, --output, --resume and --validate go with --suite")
     if adapter and len(adapter) > 1:
         raise ConfigError("several adapters are measured on suites only; give one --adapter, or a --suite")
-    from modicum.evaluate.load import load_for_evaluation
-    from modicum.evaluate.run import evaluate
-
-    name, rows, carried = _given(model, "--model"), _given(data, "--data"), adapter[0] if adapter else None
-    loaded = load_for_evaluation(
-        name, rows, adapter=carried, task=task, overrides=overrides or (), num_labels=num_labels, dtype=dtype
-    )
-    with progress("rows", None) as advance:
-        result = evaluate(
-            loaded.model, loaded.tokenizer, loaded.rows, loaded.task, batch_size=batch_size,
-            exact_match=exact_match, max_new_tokens=max_new_tokens, advance=advance,
-        )  # fmt: skip
-    emit({**result.as_dict(), "model": name, "adapter": carried, "data": rows}, as_json, _table)
+    found = run_rows(
+        _given(model, "--model"), _given(data, "--data"), adapter[0] if adapter else None, report_to or (),
+        task=task, overrides=overrides or (), num_labels=num_labels, dtype=dtype,
+        measuring={"batch_size": batch_size, "exact_match": exact_match, "max_new_tokens": max_new_tokens},
+    )  # fmt: skip
+    emit(found, as_json, _table)
 
 
 def _given(value: Any, option: str) -> Any:

@@ -17,6 +17,7 @@ from modicum.evaluate.load import placed
 from modicum.evaluate.mixing import AT_ONCE, check_heads, groups, leaves_base, put_on, taken_off
 from modicum.evaluate.protocols import EvaluationTask, Subject, check, version_of
 from modicum.evaluate.records import SUFFIX, Header, Records, digest_of
+from modicum.evaluate.resources import ResourceFile
 from modicum.models.loading import load_base, load_tokenizer, quiet_transformers
 from modicum.store.atomic import write_text
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
     Advance = Callable[[int], None]
 
+#: beside the records
+RESOURCES = "resources.json"
 #: seconds between two writes of what is recorded: what an interrupted evaluation loses at most, and a batch
 _SAVE_EVERY = 20.0
 
@@ -84,6 +87,7 @@ def run_suite(
     """The results of `suite` for `model`, or for each of `adapters` on it; the base is loaded once.
 
     `output` receives `TASK.parquet` (see `Records`) and `summary.json`, with several adapters in a folder for each.
+    What all of it took, interrupted attempts included, is in `resources.json` (see `ResourceFile`).
     With `resume`, items that are recorded there already are not run again. `limit`: only so many items of each task.
     Up to `adapters_at_once` adapters are on the base together and share batches, where `mixing.groups` lets them.
 
@@ -92,14 +96,23 @@ def run_suite(
         loaded where possible.
     """
     tasks = checked(suite, data_dir, limit)
-    folders = _folders(output, adapters)
+    folders = result_folders(output, adapters)
     for folder, adapter in folders.items():
         _check_output(folder, suite, version_of(suite.protocol), model, adapter, resume)
     runs = [_Run(folder, adapter) for folder, adapter in folders.items()]
-    evaluation = _Evaluation(suite, tasks, model, limit, batch_size, advance)
     results: dict[int, SuiteResult] = {}
-    for subject, places in _subjects(evaluation, adapters, runs, adapters_at_once, dtype):
-        results |= zip(places, evaluation.results(subject, [runs[place] for place in places]), strict=True)
+    with ResourceFile(output / RESOURCES) as used:
+
+        def advanced(items: int) -> None:
+            used.note_now_and_then()
+            if advance is not None:
+                advance(items)
+
+        evaluation = _Evaluation(suite, tasks, model, limit, batch_size, advanced)
+        for subject, places in _subjects(evaluation, adapters, runs, adapters_at_once, dtype):
+            results |= zip(
+                places, evaluation.results(subject, [runs[place] for place in places]), strict=True
+            )
     return [results[place] for place in range(len(runs))]
 
 
@@ -283,7 +296,7 @@ def _with_digest(adapter: str) -> str:
     return f"{adapter}@{total.hexdigest()[:12]}"
 
 
-def _folders(output: Path, adapters: Sequence[str]) -> dict[Path, str | None]:
+def result_folders(output: Path, adapters: Sequence[str]) -> dict[Path, str | None]:
     """Where the results of every adapter go: into `output`, or below it by the names of several adapters."""
     if len(adapters) < 2:
         return {output: _with_digest(adapters[0]) if adapters else None}
