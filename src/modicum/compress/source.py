@@ -68,7 +68,7 @@ class Source:
             ConfigError: no such model, no safetensors weights, or it is quantized already.
             CorruptAdapterError: the weights cannot be read.
         """
-        self.folder = _local(model)
+        self.folder = local_folder(model)
         self.raw: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         stored = self.raw.get("quantization_config")
         if stored:
@@ -200,14 +200,21 @@ def _full(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
-def _local(model: str) -> Path:
+def local_folder(model: str, revision: str | None = None) -> Path:
+    """The folder of a model: its own, or where a hub model has been downloaded to.
+
+    Raises:
+        ConfigError: there is none, and it cannot be downloaded.
+    """
     found = Path(resolve(model)).expanduser()
     if found.is_dir():
         return found
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", *BESIDE]))
+        return Path(
+            snapshot_download(model, revision=revision, allow_patterns=["*.safetensors", "*.json", *BESIDE])
+        )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(

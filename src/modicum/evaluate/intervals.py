@@ -67,7 +67,8 @@ def bootstrap(
 def over_seeds(values: Sequence[float], confidence: float = CONFIDENCE) -> Measure:
     """Mean over runs that differ in their seed, with Student's t interval; no interval for a single run."""
     n, mean = len(values), fmean(values)
-    if n < 2:
+    # a run that diverged has no number
+    if n < 2 or not math.isfinite(mean):
         return Measure(mean, None, None, n, "t")
     half = t_quantile((1 + confidence) / 2, n - 1) * stdev(values) / math.sqrt(n)
     return Measure(mean, mean - half, mean + half, n, "t")
@@ -76,15 +77,16 @@ def over_seeds(values: Sequence[float], confidence: float = CONFIDENCE) -> Measu
 def t_quantile(probability: float, freedom: int) -> float:
     """The quantile of Student's t distribution with `freedom` degrees of freedom (probability ≥ 0.5)."""
     low, high = 0.0, 1.0
-    while _t_cdf(high, freedom) < probability:
+    while t_cdf(high, freedom) < probability:
         high *= 2
     for _ in range(200):
         middle = (low + high) / 2
-        low, high = (middle, high) if _t_cdf(middle, freedom) < probability else (low, middle)
+        low, high = (middle, high) if t_cdf(middle, freedom) < probability else (low, middle)
     return (low + high) / 2
 
 
-def _t_cdf(t: float, freedom: int) -> float:
+def t_cdf(t: float, freedom: int) -> float:
+    """The chance that Student's t with `freedom` degrees of freedom is at most `t`."""
     # the finite sums of Abramowitz & Stegun 26.7.3 and 26.7.4, exact for whole degrees of freedom
     angle = math.atan(t / math.sqrt(freedom))
     cosine = math.cos(angle) ** 2

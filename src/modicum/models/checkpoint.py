@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_INDEX = "model.safetensors.index.json"
+#: names the file of every tensor of a sharded checkpoint
+INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
 
@@ -113,7 +114,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> file of a checkpoint folder, sharded or not."""
     from safetensors import SafetensorError, safe_open
 
-    index, single = folder / _INDEX, folder / _SINGLE
+    index, single = folder / INDEX, folder / _SINGLE
     try:
         if index.is_file():
             listed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -132,7 +133,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
         raise CorruptAdapterError(
             f"the weights in {folder} cannot be read ({error}); download or copy them again"
         ) from error
-    raise ConfigError(f"{folder} holds no {_SINGLE} or {_INDEX}; save the model again with `save_pretrained`")
+    raise ConfigError(f"{folder} holds no {_SINGLE} or {INDEX}; save the model again with `save_pretrained`")
 
 
 def _key(name: str, where: Mapping[str, Path], model: Any) -> str | None:

@@ -16,6 +16,7 @@ from modicum.compress import reorder, sparsify_report, writing
 from modicum.compress.export import export_model
 from modicum.compress.merge import merge_to_folder
 from modicum.compress.quantize import quantize_model
+from modicum.compress.quantize_report import FOREIGN
 from modicum.compress.reorder import reorder_model
 from modicum.compress.sparsify import sparsify_model
 from modicum.data.prepare import prepare
@@ -31,7 +32,7 @@ from modicum.train.search import check_search, search_run
 from modicum.train.stages import STAGES, before_options
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from modicum.data.prepare import Prepared
@@ -96,6 +97,15 @@ def run_recipe(
     return PipelineResult(recipe.folder, job.report, tuple(job.reused))
 
 
+def run_before(stage: str, model: str, folder: Path, values: Mapping[str, Any]) -> None:
+    """Make the model folder `folder` of `model` by a stage before training, going on where it was cut off."""
+    options = before_options(stage, values)
+    begun = folder.with_name(f"{folder.name}.partial").exists()
+    # what bitsandbytes makes is made in one go
+    way = "overwrite" if getattr(options, "algorithm", None) in FOREIGN else "resume"
+    _BEFORE[stage][1](model, folder, options, **({way: True} if begun else {}))
+
+
 class _Pipeline:
     def __init__(self, recipe: Recipe, say: Callable[[str], None]) -> None:
         self.recipe, self.say, self.folder = recipe, say, recipe.folder
@@ -107,15 +117,14 @@ class _Pipeline:
     def base(self) -> str:
         """The base model to train on: the recipe's own, made sparse, reordered, quantized as it wants."""
         model = self.recipe.model.name_or_path
-        for stage, (name, make, report) in _BEFORE.items():
+        for stage, (name, _, report) in _BEFORE.items():
             values = getattr(self.recipe, stage)
             if values is None:
                 continue
             folder = self.folder / name
             if not self._is_there(folder, stage):
                 self.say(stage)
-                partial = {"resume": True} if folder.with_name(f"{name}.partial").exists() else {}
-                make(model, folder, before_options(stage, values), **partial)
+                run_before(stage, model, folder, values)
             self._tell(stage, artifacts.read_json(folder / report))
             model = str(folder)
         return model

@@ -1,0 +1,184 @@
+"""Work in processes of its own: one fresh process for each piece, so that memory and failures are its alone.
+
+A process that did one run after another would report the peak of the largest one for all, and keep what they left
+behind; a run that the system kills would take the next ones along. What makes fresh processes dear is importing the
+libraries (5 s), so where it can be, they are forked from a server that has imported them and done nothing else (0.1 s).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+from dataclasses import dataclass
+from multiprocessing import connection
+from typing import TYPE_CHECKING, Any, Self, final
+
+from modicum.errors import ModicumError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+    from multiprocessing.context import ForkServerContext, SpawnContext
+    from multiprocessing.process import BaseProcess
+
+#: what the server of processes has imported
+_PRELOAD = ["modicum.compare.preload"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One piece of work: a function of a module, called in a process of its own."""
+
+    key: Hashable
+    call: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a task: its value, or why there is none."""
+
+    key: Hashable
+    value: Any = None
+    error: str | None = None
+    #: where the error came from
+    trace: str = ""
+
+
+@dataclass
+class _Running:
+    key: Hashable
+    process: BaseProcess
+    reader: Any
+
+
+@final
+class Workers:
+    """Up to `count` processes at a time, with `threads` threads each. Within a `with` block; leaving it ends them."""
+
+    def __init__(self, count: int, threads: int) -> None:
+        self.count, self.threads = count, threads
+        self._context = context()
+        #: slot -> what runs in it
+        self._running: dict[int, _Running] = {}
+
+    @property
+    def free(self) -> bool:
+        """Whether another task can be started."""
+        return len(self._running) < self.count
+
+    @property
+    def busy(self) -> bool:
+        """Whether any task is running."""
+        return bool(self._running)
+
+    def start(self, task: Task) -> None:
+        """Start `task` in a process of its own."""
+        slot = next(slot for slot in range(self.count) if slot not in self._running)
+        reader, writer = self._context.Pipe(duplex=False)
+        arguments = (writer, task.call, task.arguments, self.threads, _environment(slot, self.threads))
+        process: Any = self._context.Process(target=_work, args=arguments)
+        process.start()
+        # the other end is the process's alone, so that its death is seen here
+        writer.close()
+        self._running[slot] = _Running(task.key, process, reader)
+
+    def wait(self) -> list[Outcome]:
+        """What has ended since; waits for the first one."""
+        ended = connection.wait([running.reader for running in self._running.values()])
+        done = [slot for slot, running in self._running.items() if running.reader in ended]
+        return [self._outcome(self._running.pop(slot)) for slot in done]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for running in self._running.values():
+            running.process.terminate()
+        for running in self._running.values():
+            running.process.join()
+
+    def _outcome(self, running: _Running) -> Outcome:
+        try:
+            value, error, trace = running.reader.recv()
+        except EOFError:
+            value, error, trace = None, "", ""
+        running.reader.close()
+        running.process.join()
+        if error == "":
+            error = _death(running.process.exitcode)
+        return Outcome(running.key, value, error, trace)
+
+
+def context() -> SpawnContext | ForkServerContext:
+    """The way processes are started: from a server with everything imported, or each from nothing.
+
+    Libraries that see a GPU when they are imported begin to use it, which a forked process cannot go on with.
+    """
+    import torch
+
+    if sys.platform != "linux" or torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(_PRELOAD)
+    return found
+
+
+def _environment(slot: int, threads: int) -> dict[str, str]:
+    """Variables of the process in `slot`: threads, and one GPU each where there are several."""
+    import torch
+
+    found = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    count = torch.cuda.device_count()
+    if count > 1:
+        # the Trainer spreads a run over every GPU it sees
+        known = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        known = known if len(known) == count else [str(index) for index in range(count)]
+        found["CUDA_VISIBLE_DEVICES"] = known[slot % count]
+    return found
+
+
+def _death(code: int | None) -> str:
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        hint = "; the system does so when memory runs out" if name == "SIGKILL" else ""
+        return f"its process was ended by {name}{hint}"
+    return f"its process ended without a word (exit code {code})"
+
+
+def _work(
+    writer: Any,
+    call: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    threads: int,
+    environment: dict[str, str],
+) -> None:
+    """What a process does: the task, with the outcome sent back."""
+    # the terminal interrupts all processes; the one that started this one ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ.update(environment)
+    import torch
+
+    torch.set_num_threads(threads)
+    try:
+        answer = call(*arguments), None, ""
+    except ModicumError as error:
+        answer = None, str(error), traceback.format_exc()
+    except Exception as error:  # noqa: BLE001, whatever it is, the other runs go on
+        answer = None, f"{type(error).__name__}: {error}", traceback.format_exc()
+    with contextlib.suppress(BrokenPipeError):
+        writer.send(answer)
+    writer.close()
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is gone, however it went: two must not write one folder."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

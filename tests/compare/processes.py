@@ -1,0 +1,38 @@
+"""Work for processes of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import torch
+
+from modicum.errors import DataError
+
+
+def add(first, second):
+    return first + second, os.getpid(), torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]
+
+
+def fail(kind):
+    if kind == "told":
+        raise DataError("no rows")
+    if kind == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "silent":
+        os._exit(3)
+    raise ZeroDivisionError("unexpected")
+
+
+def peak(mebibytes):
+    from modicum.evaluate.resources import Resources
+
+    with Resources() as used:
+        block = bytearray(mebibytes << 20)
+        block[:: 1 << 12] = b"x" * len(block[:: 1 << 12])
+    return used.as_dict()["peak_memory_bytes"]
+
+
+def wait(seconds):
+    time.sleep(seconds)

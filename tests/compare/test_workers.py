@@ -1,0 +1,60 @@
+"""Processes of a comparison: fresh ones, as many as allowed, whose failures are told."""
+
+from __future__ import annotations
+
+import os
+
+import psutil
+import pytest
+from tests.compare import processes
+
+from modicum.compare.workers import Task, Workers
+
+
+def outcomes(workers, tasks):
+    found, waiting = {}, list(tasks)
+    while waiting or workers.busy:
+        while waiting and workers.free:
+            workers.start(waiting.pop(0))
+        found |= {outcome.key: outcome for outcome in workers.wait()}
+    return found
+
+
+def test_every_task_has_a_process_of_its_own_with_its_threads():
+    with Workers(2, 3) as workers:
+        found = outcomes(workers, [Task(n, processes.add, (n, 1)) for n in range(4)])
+    assert [found[n].value[0] for n in range(4)] == [1, 2, 3, 4]
+    pids = {found[n].value[1] for n in range(4)}
+    assert len(pids) == 4
+    assert os.getpid() not in pids
+    assert {found[n].value[2:] for n in range(4)} == {(3, "3")}
+
+
+def test_a_failure_is_told_and_ends_no_other_task():
+    kinds = ("told", "killed", "silent", "else")
+    with Workers(2, 1) as workers:
+        tasks = [Task(kind, processes.fail, (kind,)) for kind in kinds]
+        found = outcomes(workers, [*tasks, Task("good", processes.add, (1, 1))])
+    assert found["told"].error == "no rows"
+    assert (
+        found["killed"].error == "its process was ended by SIGKILL; the system does so when memory runs out"
+    )
+    assert found["silent"].error == "its process ended without a word (exit code 3)"
+    assert found["else"].error == "ZeroDivisionError: unexpected"
+    assert "processes.py" in found["else"].trace
+    assert found["good"].error is None
+    assert found["good"].value[0] == 2
+
+
+def test_memory_of_one_task_is_not_counted_for_the_next():
+    with Workers(1, 1) as workers:
+        found = outcomes(workers, [Task(n, processes.peak, (n,)) for n in (1, 300, 2)])
+    assert found[300].value - found[1].value == pytest.approx(299 << 20, rel=0.1)
+    assert abs(found[2].value - found[1].value) < 20 << 20
+
+
+def test_leaving_ends_what_runs():
+    with Workers(1, 1) as workers:
+        workers.start(Task(0, processes.wait, (600,)))
+        process = psutil.Process(workers._running[0].process.pid)
+    assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
