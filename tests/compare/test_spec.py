@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import yaml
 from tests.compare.small import comparison_values, write
@@ -9,6 +12,9 @@ from tests.compare.small import comparison_values, write
 from modicum.compare.plan import plan
 from modicum.compare.spec import load_comparison, make_comparison
 from modicum.errors import ConfigError
+from modicum.train.yaml_lines import read_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def names(spec):
@@ -164,3 +170,14 @@ def test_what_does_not_fit_the_model_or_the_data_is_told_before_anything_runs(tm
     assert "lora r=1: no linear layer matches 'q_prj' (did you mean 'q_proj'" in said
     assert "choosing among learning rates needs validation rows" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes/comparisons").glob("*.yaml")), ids=lambda p: p.stem)
+def test_comparisons_that_ship_can_be_run(path):
+    assert plan(load_comparison(path))["runs"] > 0
+
+
+def test_the_comparison_in_the_docs_is_valid():
+    page = (ROOT / "docs" / "do" / "compare.md").read_text()
+    text = re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1]
+    assert len(make_comparison(read_yaml(text, "page")[0]).cells) == 3 * 5 + 1 + 1
