@@ -28,6 +28,20 @@ def test_the_first_choice_counts(text, found):
     assert answers.choice(text, ["answer1", "answer2", "answer3"]) == Found(found, how)
 
 
+@pytest.mark.parametrize(
+    ("text", "stop", "before"),
+    [
+        ("The answer is: 4 \n\n### Instruction: 5", ["Instruction", "Response"], "The answer is: 4 \n\n###"),
+        ("a. b", ["."], "a"),
+        ("b or a", ["a", "b"], ""),
+        (" as it is ", [], " as it is "),
+        ("no stop", ["none"], "no stop"),
+    ],
+)
+def test_answers_end_at_the_first_stop_word(text, stop, before):
+    assert answers.before(text, stop) == before
+
+
 def test_signs_in_choices_are_no_patterns():
     assert answers.choice("a.c abc", ["abc", "a.b"]) == Found("abc", "literal")
 
@@ -42,6 +56,12 @@ def test_signs_in_choices_are_no_patterns():
         ("16 eggs. The answer is: none", "16", "fallback"),
         ("no digits", "", "none"),
         ("The answer is: -1/2", "-1/2", "literal"),
+        # the phrase stands for itself: with another ending it is not the phrase
+        ("2 + 2. The answer is 4", "4", "fallback"),
+        ("2 + 2. The answer is:4", "4", "fallback"),
+        ("The final answer is: 4", "4", "fallback"),
+        ("the answer is: 3, or 4", "4", "fallback"),
+        ("The answer is: 1,234,567 in all", "1,234,567", "literal"),
     ],
 )
 def test_numbers(text, answer, how):

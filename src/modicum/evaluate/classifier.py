@@ -15,7 +15,7 @@ from modicum.data.options import DataOptions, Section
 from modicum.errors import ConfigError, listing
 from modicum.evaluate import metrics as formulas
 from modicum.evaluate.intervals import Measure, bootstrap, wilson
-from modicum.evaluate.mixing import in_order
+from modicum.evaluate.mixing import in_order, routed
 from modicum.evaluate.protocols import EvaluationTask, Subject, fingerprint, item_ids
 from modicum.evaluate.records import Item, Records
 from modicum.evaluate.suites import task_rows
@@ -101,10 +101,10 @@ class Task(EvaluationTask):
         for at in range(0, len(order), batch_size):
             chosen = [rows[number] for number in order[at : at + batch_size]]
             batch = pad([{"input_ids": data[index]["input_ids"]} for _, index in chosen])
-            routed = subject.routed(place for place, _ in chosen)
+            told = routed(subject.model, subject.names(place for place, _ in chosen))
             with torch.no_grad():
                 moved = {name: tensor.to(subject.model.device) for name, tensor in batch.items()}
-                logits = subject.model(**moved, **routed).logits.float().cpu().numpy()
+                logits = subject.model(**moved, **told).logits.float().cpu().numpy()
             yield [
                 (place, self._item(self.ids[index], row, data.targets[index].item()))
                 for (place, index), row in zip(chosen, logits, strict=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modicum.data.encoded import Collator
-from modicum.evaluate.mixing import in_order
+from modicum.evaluate.mixing import in_order, routed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -50,7 +50,7 @@ def completions(
 
     Without sampling: the likeliest token at each step, or the likeliest of `num_beams` sequences. Prompts of
     similar length share a batch, the longest first, so that memory runs out at once or never. `adapter_names`: which
-    adapter of the model answers each prompt; all are answered by the active one without.
+    adapter of the model answers each prompt; without, the active one answers all.
     """
     from transformers import GenerationConfig
 
@@ -73,10 +73,9 @@ def completions(
             batch = pad([{"input_ids": prompts[index]} for index in chosen])
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             width = batch["input_ids"].shape[1]
-            names = [adapter_names[index] for index in chosen] if adapter_names else []
             # every beam is a row of the batch
-            routed = {"adapter_names": [name for name in names for _ in range(num_beams)]} if names else {}
-            output = model.generate(**batch, **routed, generation_config=config)
+            names = [adapter_names[i] for i in chosen for _ in range(num_beams)] if adapter_names else []
+            output = model.generate(**batch, **routed(model, names), generation_config=config)
             decoded = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
             yield {index: text.strip() for index, text in zip(chosen, decoded, strict=True)}
     finally:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
-from modicum.evaluate.mixing import in_order
+from modicum.evaluate.mixing import in_order, routed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,6 +44,7 @@ def library_model(kind: Any, subject: Subject, places: Sequence[int], batch_size
             tokens = [(context, continuation) for _, context, continuation in requests]
             if self.asked[0] != tokens:
                 self.asked = tokens, _scores(subject, places, tokens, batch_size, self.max_length)
+                self.answer_for(self.place)  # the last batch may have been another adapter's
             return self.asked[1][self.place]
 
     return Shared(pretrained=subject.model, **options)
@@ -74,7 +75,8 @@ def _scores(
         # what stands behind a text does not change what the model says of it
         ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
         with torch.no_grad():
-            logits = subject.model(input_ids=ids, **subject.routed(place for place, _ in chosen)).logits
+            told = routed(subject.model, subject.names(place for place, _ in chosen))
+            logits = subject.model(input_ids=ids, **told).logits
         for (place, index), text, row in zip(chosen, texts, logits, strict=True):
             for number in sharing[inputs[index]]:
                 wanted = torch.tensor(requests[number][1], device=row.device)

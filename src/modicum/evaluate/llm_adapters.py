@@ -117,7 +117,7 @@ class Task(EvaluationTask):
             num_beams=self.options.num_beams,
             max_new_tokens=self.options.max_new_tokens,
             batch_size=batch_size,
-            adapter_names=subject.routed(place for place, _ in rows).get("adapter_names"),
+            adapter_names=subject.names(place for place, _ in rows),
         ):
             found = [(*rows[at], text) for at, text in batch.items()]
             yield [(place, self._item(index, text)) for place, index, text in found]

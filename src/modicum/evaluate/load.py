@@ -13,7 +13,7 @@ from modicum.data.labelled import count_labels
 from modicum.data.options import TASKS, DataOptions, Task
 from modicum.data.prepare import encode
 from modicum.errors import ConfigError, did_you_mean
-from modicum.evaluate.mixing import adapted
+from modicum.evaluate.mixing import adapted, check_heads
 from modicum.models.loading import load_base, load_tokenizer, quiet_transformers
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def load_for_evaluation(
     A folder of a finished run serves as `adapter`; the number of classes then comes from its head.
 
     Raises:
-        ConfigError, DataError: what is wrong, and what there is instead.
+        ConfigError, DataError: what is wrong, and what there is instead; a head that nobody has trained.
     """
     if task not in TASKS:
         raise ConfigError(f"no task {task!r}{did_you_mean(task, TASKS)}; known: {', '.join(TASKS)}")
@@ -60,6 +60,7 @@ def load_for_evaluation(
     encoded = encode(rows, options, tokenizer, kind, num_labels)
     with quiet_transformers():
         base = load_base(model, kind, dtype=cast("Any", dtype), num_labels=num_labels, tokenizer=tokenizer)
+        check_heads(base, model, [adapter] if adapter else [])
         carrying = adapted(base, adapter) if adapter else base
     return Loaded(placed(carrying), tokenizer, encoded, kind)
 

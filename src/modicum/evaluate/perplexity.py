@@ -21,6 +21,7 @@ from modicum.data.options import Section
 from modicum.errors import ConfigError, DataError
 from modicum.evaluate import metrics as formulas
 from modicum.evaluate.intervals import Measure, bootstrap
+from modicum.evaluate.mixing import routed
 from modicum.evaluate.protocols import EvaluationTask, Subject, fingerprint, item_ids
 from modicum.evaluate.records import Item, Records
 from modicum.evaluate.suites import task_rows
@@ -109,9 +110,9 @@ class Task(EvaluationTask):
                 chosen = same[at : at + batch_size]
                 windows = [self._windows[index] for _, index in chosen]
                 ids = torch.tensor([tokens for tokens, _ in windows], device=subject.model.device)
-                routed = subject.routed(place for place, _ in chosen)
+                told = routed(subject.model, subject.names(place for place, _ in chosen))
                 with torch.no_grad():
-                    logits = subject.model(input_ids=ids, **routed).logits[:, :-1].float()
+                    logits = subject.model(input_ids=ids, **told).logits[:, :-1].float()
                 losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").double()
                 yield [
                     (place, Item(self.ids[index], loss=row[-count:].sum().item(), tokens=count))

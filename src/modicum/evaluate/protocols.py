@@ -45,9 +45,9 @@ class Subject:
     base_fingerprint: str
     routes: tuple[str, ...] = ()
 
-    def routed(self, owners: Iterable[int]) -> dict[str, list[str]]:
-        """What the model must be told with a batch whose rows belong to the adapters `owners`."""
-        return {"adapter_names": [self.routes[owner] for owner in owners]} if self.routes else {}
+    def names(self, owners: Iterable[int]) -> list[str]:
+        """The names of the adapters of rows, none where there is one at most; what `mixing.routed` takes."""
+        return [self.routes[owner] for owner in owners] if self.routes else []
 
 
 class EvaluationTask(ABC):
