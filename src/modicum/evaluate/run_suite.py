@@ -198,9 +198,8 @@ class _Evaluation:
         for run, records in zip(runs, done, strict=True):
             beside = _beside(task, run)
             details = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-            results.append(
-                TaskResult(len(records), task.metrics(records, details), list(task.notes), details)
-            )
+            notes = [*task.notes, *task.remarks(records)]
+            results.append(TaskResult(len(records), task.metrics(records, details), notes, details))
         return results
 
     def _report(self, items: int) -> None:
