@@ -26,6 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" not in os.environ:
         config._modicum_cache = os.environ["MODICUM_CACHE"] = tempfile.mkdtemp(prefix="modicum-test-cache-")
         os.environ["HF_DATASETS_CACHE"] = str(Path(os.environ["MODICUM_CACHE"]) / "datasets")
+        os.environ["TRACKIO_DIR"] = str(Path(os.environ["MODICUM_CACHE"]) / "trackio")
     if "modicum.ops" not in sys.modules:
         from jaxtyping import install_import_hook
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pyarrow import parquet
 from safetensors.torch import load_file
 from tests.small_checkpoints import recipe_values
 
@@ -50,9 +51,11 @@ def stop_at(monkeypatch, step: int) -> None:
 def test_a_run_leaves_adapter_report_recipe_and_card(tmp_path):
     result = tune(make_recipe(recipe_values(tmp_path)))
     names = {entry.name for entry in result.folder.iterdir()}
-    assert names == {"adapter", "report.json", "recipe.yaml"}
+    assert names == {"adapter", "report.json", "history.parquet", "recipe.yaml"}
     report = json.loads((result.folder / "report.json").read_text())
     assert report == result.report
+    table = parquet.read_table(result.folder / "history.parquet").to_pylist()
+    assert [{k: v for k, v in row.items() if v is not None} for row in table] == report["history"]
     assert report["steps"] == 6
     assert report["metrics"]["validation"]["loss"] < report["metrics"]["before"]["loss"]
     assert report["metrics"]["test"] is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from pyarrow import parquet
 from scipy import stats
 from tests.small_checkpoints import recipe_values, signs, sums
 
@@ -41,6 +42,14 @@ def test_a_sweep_chooses_on_validation_and_tests_only_the_chosen_rate(tmp_path):
         assert (measured["low"], measured["high"]) == pytest.approx(expected)
     assert measured["n"] == 3
     assert measured["value"] == pytest.approx(sum(scores) / 3)
+    rows = {row["folder"]: row for row in parquet.read_table(result.folder / "runs.parquet").to_pylist()}
+    assert set(rows) == {f"{rate}/seed={seed}" for rate in cells for seed in range(3)}
+    for folder, row in rows.items():
+        report = json.loads((result.folder / folder / "report.json").read_text())
+        assert row["validation_accuracy"] == report["metrics"]["validation"]["accuracy"]
+        assert row["resources_cpu_seconds"] == report["resources"]["cpu_seconds"]
+        assert row["chosen"] == (row["learning_rate"] == best)
+        assert (row["test_accuracy"] is None) != row["chosen"]
 
 
 def test_finished_runs_of_a_broken_sweep_are_skipped(tmp_path, monkeypatch):

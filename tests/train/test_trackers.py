@@ -146,22 +146,19 @@ def test_the_runs_of_a_sweep_carry_its_name_and_its_means_are_a_run_of_their_own
     assert not (result.folder / "checkpoints").exists()
 
 
-def test_trackio_holds_what_the_report_holds(tmp_path, monkeypatch):
-    pytest.importorskip("trackio")
-    import trackio
-    from trackio import sqlite_storage, utils
+def test_trackio_holds_what_the_report_holds(tmp_path):
+    trackio = pytest.importorskip("trackio")
+    from trackio.sqlite_storage import SQLiteStorage
 
-    for module in (trackio, sqlite_storage, utils):
-        monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "tracked", raising=False)
     result = tune(recipe(tmp_path, "trackio"))
-    logs = sqlite_storage.SQLiteStorage.get_logs("modicum", str(result.folder))
-    last = logs[-1]
+    # the store is one for all tests, the names of folders are not
+    (run,) = [run for run in trackio.Api().runs("modicum") if run.name == str(result.folder)]
+    assert run.config["recipe.method.name"] == "lora"
+    logs = SQLiteStorage.get_logs("modicum", run.name)
     for name, value in final_numbers(result.report).items():
-        assert last[name] == value, name
+        assert logs[-1][name] == value, name
     losses = [entry["eval/loss"] for entry in logs if "eval/loss" in entry]
     assert losses == [entry["eval_loss"] for entry in result.report["history"] if "eval_loss" in entry]
-    (run,) = trackio.Api().runs("modicum")
-    assert run.config["recipe.method.name"] == "lora"
 
 
 def test_tensorboard_holds_what_the_report_holds(tmp_path):

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
 from modicum.errors import ModicumError
-from modicum.store.atomic import write_text
+from modicum.store.atomic import flush, write_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
 REPORT = "report.json"
@@ -20,6 +21,9 @@ RECIPE = "recipe.yaml"
 ADAPTER = "adapter"
 MODEL = "model"
 CHECKPOINTS = "checkpoints"
+#: losses and metrics by step, and the runs of a sweep, as tables
+HISTORY = "history.parquet"
+RUNS = "runs.parquet"
 
 
 @contextlib.contextmanager
@@ -41,6 +45,23 @@ def disk_guard(folder: Path) -> Iterator[None]:
 def write_json(path: Path, values: Any) -> None:
     """Write `values` as JSON to `path`, see `write_text`; what is not finite becomes null."""
     write_text(path, json.dumps(_finite(values), indent=2, allow_nan=False) + "\n")
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write flat `rows` as a Parquet file, whole or not at all; what a row lacks is null there."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = pa.table({name: [row.get(name) for row in rows] for name in names})
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        parquet.write_table(table, aside)
+        flush(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    flush(path.parent)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -267,7 +267,8 @@ def claim(
 
 def clear(folder: Path) -> None:
     """Remove what a run left in `folder`, and nothing else."""
-    for name in (artifacts.REPORT, "summary.json", "test.json", artifacts.RECIPE):
+    tables = (artifacts.HISTORY, artifacts.RUNS)
+    for name in (artifacts.REPORT, "summary.json", "test.json", artifacts.RECIPE, *tables):
         (folder / name).unlink(missing_ok=True)
     for name in (artifacts.ADAPTER, artifacts.MODEL, artifacts.CHECKPOINTS, "logs"):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -342,6 +343,7 @@ def _save(recipe: Recipe, loaded: Loaded, report: dict[str, Any], folder: Path) 
         (aside / "README.md").write_text(card, encoding="utf-8")
 
     write_folder(folder / (artifacts.MODEL if method == FULL else artifacts.ADAPTER), fill)
+    artifacts.write_table(folder / artifacts.HISTORY, report["history"])
     artifacts.write_json(folder / artifacts.REPORT, report)
     shutil.rmtree(folder / artifacts.CHECKPOINTS, ignore_errors=True)
 

@@ -17,6 +17,7 @@ from modicum.train.run import TuneResult, claim, finished_model, measure, proces
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from modicum.train.callbacks import Show
     from modicum.train.recipe import Recipe
@@ -93,6 +94,7 @@ def _finish(recipe: Recipe, cells: Cells, best: float, tokenizer: Any, data: Pre
     used = [found for runs in cells.values() for cell in runs if (found := cell.report.get("resources"))]
     summary["resources"] = total([*used, own.total()])
     if state.is_main_process:
+        artifacts.write_table(recipe.folder / artifacts.RUNS, _rows(summary, cells, recipe.folder))
         artifacts.write_json(recipe.folder / SUMMARY, summary)
         shutil.rmtree(recipe.folder / artifacts.CHECKPOINTS, ignore_errors=True)
         publish_sweep(recipe, summary)
@@ -165,6 +167,40 @@ def _run_entry(cell: TuneResult, recipe: Recipe) -> dict[str, Any]:
         "validation": cell.metrics["validation"],
         "seconds_per_step": cell.report["timing"]["seconds_per_step_median"],
     }
+
+
+def _rows(summary: dict[str, Any], cells: Cells, folder: Path) -> list[dict[str, Any]]:
+    """One flat row per run: rate, seed, metrics, and what it took."""
+    tests = {entry["seed"]: entry["metrics"] for entry in summary["test_runs"]}
+    rows = []
+    for rate, runs in cells.items():
+        for cell in runs:
+            report = cell.report
+            chosen = rate == summary["best_learning_rate"]
+            found = {
+                "validation": cell.metrics["validation"],
+                "test": tests.get(report["seed"]) if chosen else None,
+                "resources": report.get("resources"),
+            }
+            rows.append(
+                {
+                    "folder": str(cell.folder.relative_to(folder)),
+                    "method": report["method"],
+                    "learning_rate": rate,
+                    "seed": report["seed"],
+                    "chosen": chosen,
+                    "steps": report["steps"],
+                    "train_loss": report["train_loss"],
+                    "trained_values": report["trained_values"]["total"],
+                    "stored_bytes": report["stored_bytes"]["total"],
+                    **{
+                        f"{name}_{key}": value
+                        for name, values in found.items()
+                        for key, value in (values or {}).items()
+                    },
+                }
+            )
+    return rows
 
 
 def _values(metrics: Sequence[dict[str, float] | None], name: str) -> list[float]:
