@@ -1,4 +1,4 @@
-"""Say what runs, sweeps, comparisons and evaluations took: hours, energy, memory, bytes, and money by your prices."""
+"""Say what runs and evaluations took: hours, energy, memory, bytes, and money by your prices."""
 
 from __future__ import annotations
 
