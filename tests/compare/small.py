@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ def numbers(comparison: Any) -> Any:
     return comparison
 
 
+@functools.cache
 def reference() -> Path:
     """The folder of the finished comparison, with its file `comparison.yaml` beside; made once for all tests."""
     base = Path(os.environ["MODICUM_CACHE"]) / "comparison"

@@ -11,8 +11,8 @@ from tests.compare.small import numbers, reference
 
 from modicum.cli import main
 from modicum.compare.join import join
-from modicum.compare.result import write_runs
 from modicum.errors import ConfigError
+from modicum.train.artifacts import write_table
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def halves(tmp_path):
         folder.mkdir()
         part = {**whole, "cells": [cell for cell in whole["cells"] if cell["method"] == method]}
         (folder / "comparison.json").write_text(json.dumps(part))
-        write_runs(folder / "runs.parquet", [row for row in rows if row["method"] == method])
+        write_table(folder / "runs.parquet", [row for row in rows if row["method"] == method])
         folders.append(folder)
     return folders
 

@@ -8,7 +8,7 @@ import psutil
 import pytest
 from tests.compare import processes
 
-from modicum.compare.workers import Task, Workers
+from modicum.compare.workers import Task, Workers, gpu_of
 
 
 def outcomes(workers, tasks):
@@ -58,3 +58,10 @@ def test_leaving_ends_what_runs():
         workers.start(Task(0, processes.wait, (600,)))
         process = psutil.Process(workers._running[0].process.pid)
     assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def test_each_slot_has_one_gpu_of_those_that_may_be_used():
+    assert gpu_of(3, 0, None) is gpu_of(3, 1, "5") is None
+    assert [gpu_of(slot, 2, None) for slot in range(3)] == ["0", "1", "0"]
+    assert [gpu_of(slot, 2, "4,7") for slot in range(3)] == ["4", "7", "4"]
+    assert gpu_of(1, 2, "GPU-aa, GPU-bb") == "GPU-bb"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modicum.compare.conditions import agreement, differences, flat
-from modicum.compare.result import COMPARISON, FORMAT, RUNS, conclude, write_runs
+from modicum.compare.result import COMPARISON, FORMAT, RUNS, conclude
 from modicum.errors import ConfigError, listing
 from modicum.train import artifacts
 
@@ -43,7 +43,7 @@ def join(folders: Sequence[str | Path], output: str | Path, *, overwrite: bool =
     joined = _joined(found, target.name)
     target.mkdir(parents=True, exist_ok=True)
     rows = [{"source": name, **row} for name in names for row in _rows(Path(name))]
-    write_runs(target / RUNS, rows)
+    artifacts.write_table(target / RUNS, rows)
     artifacts.write_json(target / COMPARISON, joined)
     return artifacts.read_json(target / COMPARISON) or joined
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -218,25 +217,6 @@ _RESOURCES = (
     "seconds", "cpu_seconds", "gpu_seconds", "peak_memory_bytes", "peak_gpu_memory_bytes", "energy_joules",
     "energy_source",
 )  # fmt: skip
-
-
-def write_runs(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write the rows of all runs as a parquet file, whole or not at all; columns that some lack are empty there."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    from modicum.store.atomic import flush
-
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    table = pa.table({name: [row.get(name) for row in rows] for name in names})
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        parquet.write_table(table, aside)
-        flush(aside)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-    flush(path.parent)
 
 
 def _stored(cell: Cell, summary: dict[str, Any], base: dict[str, Any]) -> int:

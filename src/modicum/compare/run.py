@@ -21,7 +21,6 @@ from modicum.compare.result import (
     finished_runs,
     open_entry,
     run_rows,
-    write_runs,
 )
 from modicum.compare.spec import make_comparison
 from modicum.compare.workers import Outcome, Task, Workers
@@ -89,6 +88,9 @@ def run_comparison(
         digests = identity(spec, data)
         spec = _claim(spec, digests, resume=resume, overwrite=overwrite)
         about = conditions(spec, data, digests)
+        busy = spec.options.workers * about["threads"]
+        if busy > about["cores"]:
+            say(f"{busy} threads on {about['cores']} cores will wait for each other: take fewer workers")
         engine = _Engine(spec, data, about, say, publish)
         with Workers(spec.options.workers, threads_of(spec)) as workers:
             engine.run(workers)
@@ -156,6 +158,8 @@ class _Engine:
         self.cells = spec.cells
         self.entries = {cell: open_entry(cell) for cell in self.cells}
         self.bases = {name: base_report(spec, name) for name in spec.options.compressions}
+        #: the rows of cells that ended
+        self.rows: dict[Cell, list[dict[str, Any]]] = {}
         #: runs of a cell that are waiting or under way
         self.pending: dict[Cell, int] = {}
         self.queue: deque[Task] = deque()
@@ -178,12 +182,8 @@ class _Engine:
     def publish(self) -> dict[str, Any]:
         """Write the comparison as far as it is finished; what was written."""
         folder, entries = self.spec.folder, list(self.entries.values())
-        rows = [
-            row
-            for cell, found in self.entries.items()
-            for row in run_rows(self.spec, cell, self.bases[cell.compression], found["learning_rate"])
-        ]
-        write_runs(folder / RUNS, rows)
+        rows = [row for cell in self.cells for row in self.rows.get(cell, [])]
+        artifacts.write_table(folder / RUNS, rows)
         used = {name: self.bases[name] for name in self._used_bases()}
         artifacts.write_json(folder / COMPARISON, comparison(self.spec, entries, used, self.about))
         written = artifacts.read_json(folder / COMPARISON)
@@ -260,8 +260,12 @@ class _Engine:
         """Enter what a finished cell found."""
         base = self.bases[cell.compression]
         assert base is not None
-        self.entries[cell] = entry(self.spec, cell, base)
+        self._enter(cell, entry(self.spec, cell, base))
         self.say(self.entries[cell]["error"] or f"{cell.name}: done")
+
+    def _enter(self, cell: Cell, found: dict[str, Any]) -> None:
+        self.entries[cell] = found
+        self.rows[cell] = run_rows(self.spec, cell, self.bases[cell.compression], found["learning_rate"])
 
     def _failed(self, kind: str, subject: Any, error: str, trace: str) -> None:
         """Give up the cell, or all cells on a base, and go on with the others."""
@@ -269,7 +273,7 @@ class _Engine:
         self.queue = deque(task for task in self.queue if cast("Any", task.key)[1] not in lost)
         for cell in lost:
             if self.entries[cell]["state"] == "missing":
-                self.entries[cell] = open_entry(cell, error)
+                self._enter(cell, open_entry(cell, error))
         if trace:
             write_text(self.spec.folder / ERRORS / f"{error.partition(':')[0].replace('/', ' ')}.txt", trace)
         self.say(f"FAILED {error}")

@@ -129,17 +129,23 @@ def context() -> SpawnContext | ForkServerContext:
 
 
 def _environment(slot: int, threads: int) -> dict[str, str]:
-    """Variables of the process in `slot`: threads, and one GPU each where there are several."""
+    """Variables of the process in `slot`: its threads, and one GPU where there are several."""
     import torch
 
     found = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    count = torch.cuda.device_count()
-    if count > 1:
-        # the Trainer spreads a run over every GPU it sees
-        known = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        known = known if len(known) == count else [str(index) for index in range(count)]
-        found["CUDA_VISIBLE_DEVICES"] = known[slot % count]
-    return found
+    gpu = gpu_of(slot, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return found if gpu is None else {**found, "CUDA_VISIBLE_DEVICES": gpu}
+
+
+def gpu_of(slot: int, count: int, visible: str | None) -> str | None:
+    """The one of `count` GPUs that is the slot's, by the name it has in `visible`; None where there is one at most.
+
+    The Trainer spreads a run over every GPU it sees.
+    """
+    if count < 2:
+        return None
+    names = visible.split(",") if visible else [str(index) for index in range(count)]
+    return names[slot % count].strip()
 
 
 def _death(code: int | None) -> str:
