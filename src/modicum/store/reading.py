@@ -131,7 +131,8 @@ class Frozen(Readable):
         self._backend, self._view = backend, view
 
     def _read(self, action: Callable[[Snapshot], T]) -> T:
-        return action(self._view)
+        with self._backend.said():
+            return action(self._view)
 
 
 def _as_filter(wanted: Filter | str | None) -> Filter:

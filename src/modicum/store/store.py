@@ -101,7 +101,9 @@ class Store(Readable):
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[Frozen]:
         """The store as of this moment, whatever is put, moved or compacted meanwhile; purges go through."""
-        with self._backend.snapshot(pinned=True) as view:
+        with contextlib.ExitStack() as stack:
+            with self._backend.said():
+                view = stack.enter_context(self._backend.snapshot(pinned=True))
             yield Frozen(self._backend, view)
 
     def put(self, name: str, record: Record | bytes, **about: Any) -> Version:
@@ -114,7 +116,7 @@ class Store(Readable):
             StoreError: the disk is full, or the store is busy.
         """
         prepared = prepare(Put(name, record, **about))
-        with self._backend.change() as change:
+        with self._change() as change:
             number = publish(change, self.actor, [prepared])[0]
             return describe(change, resolve(change, Reference(name, number)))
 
@@ -136,7 +138,7 @@ class Store(Readable):
         versions: list[int] = []
         prepared = (prepare(item if isinstance(item, Put) else Put(*item)) for item in items)
         for group in _groups(prepared, batch):
-            with self._backend.change() as change:
+            with self._change() as change:
                 versions += publish(change, self.actor, group)
             if progress is not None:
                 progress(len(versions))
@@ -221,7 +223,7 @@ class Store(Readable):
             StoreError: readers keep old pages of the index from being emptied; `gc` finishes it.
         """
         check_name(name)
-        with self._backend.change() as change:
+        with self._change() as change:
             one = find_name(change, name)
             if version is None:
                 purged = removal.purge_name(change, self.actor, one)
@@ -242,7 +244,7 @@ class Store(Readable):
         done = self._backend.compact(dead)
         if done.segments:
             detail = {"segments": done.segments, "bytes": done.bytes, "moved": done.moved}
-            with self._backend.change() as change:
+            with self._change() as change:
                 audit.append(change, self.actor, [Draft("compact", detail=detail)])
         return done
 
@@ -261,16 +263,17 @@ class Store(Readable):
         faults: list[str] = []
         entries = versions = size = 0
         try:
-            with self._backend.snapshot() as view:
+            with self._backend.said(), self._backend.snapshot() as view:
                 entries = replay.check_chain(view, faults.append, expected)
                 versions = replay.check_state(view, faults.append)
-        except (StoreError, LookupError, TypeError, ValueError, AttributeError) as error:
-            faults.append(f"the index cannot be read as what it should be: {error}")
+        except StoreError as error:
+            faults.append(str(error))
         if records:
             try:
-                size = self._backend.check(faults.append, progress)
-            except (StoreError, LookupError, TypeError, ValueError, AttributeError) as error:
-                faults.append(f"the index cannot be read as what it should be: {error}")
+                with self._backend.said():
+                    size = self._backend.check(faults.append, progress)
+            except StoreError as error:
+                faults.append(str(error))
         return Verified(entries, versions, size, tuple(faults))
 
     def backup(self, target: str | os.PathLike) -> int:
@@ -282,11 +285,16 @@ class Store(Readable):
         """
         return self._backend.backup(Path(target))
 
+    @contextlib.contextmanager
+    def _change(self) -> Iterator[Change]:
+        with self._backend.said(), self._backend.change() as change:
+            yield change
+
     def _read(self, action: Callable[[Snapshot], T]) -> T:
         damaged = False
         for _ in range(_TRIES):
             try:
-                with self._backend.snapshot() as view:
+                with self._backend.said(), self._backend.snapshot() as view:
                     return action(view)
             except MovedError:
                 continue
@@ -298,13 +306,13 @@ class Store(Readable):
         raise StoreError(f"{self._backend.location}: objects move faster than they can be read; run verify")
 
     def _about(self, wanted: Reference, action: Callable[[Change, Name, Found], Draft]) -> None:
-        with self._backend.change() as change:
+        with self._change() as change:
             found = resolve(change, wanted)
             audit.append(change, self.actor, [action(change, find_name(change, wanted.name), found)])
 
     def _named(self, name: str, action: Callable[[Change, Name], Draft]) -> Draft:
         check_name(name)
-        with self._backend.change() as change:
+        with self._change() as change:
             draft = action(change, find_name(change, name))
             audit.append(change, self.actor, [draft])
         return draft
@@ -314,7 +322,7 @@ class Store(Readable):
         places = self._backend.erase()
         if places:
             detail = {"bytes": sum(places.values()), "objects": len(places)}
-            with self._backend.change() as change:
+            with self._change() as change:
                 change.erased(places)
                 audit.append(
                     change, self.actor, [Draft("erased", detail=detail | ({"purge": purge} if purge else {}))]

@@ -51,7 +51,10 @@ class Compacted:
 
 
 class Snapshot(Protocol):
-    """A consistent view: nothing that others do changes it."""
+    """A consistent view: nothing that others do changes it.
+
+    Beside the catalogue's tables there are `objects(id, digest, size, uses)` and `settings(key, value)`.
+    """
 
     def rows(self, query: str, *values: Any) -> list[tuple]:
         """All rows of a query."""
@@ -107,6 +110,10 @@ class Backend(Protocol):
 
     def change(self) -> AbstractContextManager[Change]:
         """The change that is acknowledged, and seen by others, once the block is left without an error."""
+        ...
+
+    def said(self) -> AbstractContextManager[None]:
+        """Turns what the database and the system say inside into `StoreError`s that help."""
         ...
 
     def erase(self) -> dict[int, int]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sqlite3
 import threading
 import weakref
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
-from modicum.errors import StoreError
+from modicum.errors import ModicumError, StoreError
 from modicum.store.engine import checking, maintenance
 from modicum.store.engine.change import EmbeddedChange, View
 from modicum.store.engine.interface import MovedError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from modicum.store.engine.interface import Compacted
+    from modicum.store.engine.segments import Segment
 
 INDEX, FOLDER = "index.sqlite", "segments"
 FORMAT = 1
@@ -36,6 +38,10 @@ CREATE TABLE dead(
     id INTEGER PRIMARY KEY AUTOINCREMENT, digest BLOB NOT NULL, segment INTEGER NOT NULL, start INTEGER NOT NULL,
     size INTEGER NOT NULL, erase INTEGER NOT NULL DEFAULT 0);
 """
+_DAMAGED = "has a damaged index: run verify, and restore it from a backup"
+_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+#: how often segments that a compaction has just unlinked are looked for
+_TRIES = 8
 #: connections that belong to a parent process; closing one there would harm the parent
 _inherited: list[sqlite3.Connection] = []
 
@@ -56,7 +62,7 @@ class Embedded:
         if not (folder / INDEX).is_file():
             raise StoreError(f"no store in {folder}: name its folder, or make one with create=True")
         with self.said():
-            settings = dict(self.connection().execute("SELECT key, value FROM settings"))
+            settings: dict[str, Any] = dict(self.connection().execute("SELECT key, value FROM settings"))
             found = settings.get("format")
             if found != FORMAT:
                 self.close()
@@ -95,7 +101,7 @@ class Embedded:
     @contextlib.contextmanager
     def snapshot(self, *, pinned: bool = False) -> Iterator[View]:
         """A view for some reads; a `pinned` one has a connection of its own and holds all segments open."""
-        with self.said(), contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
             if pinned:
                 db = stack.enter_context(contextlib.closing(connect(self.folder / INDEX, self.timeout)))
             else:
@@ -107,35 +113,41 @@ class Embedded:
                 if db.in_transaction:
                     db.execute("ROLLBACK")
 
-    def _hold(self, db: sqlite3.Connection) -> dict:
-        while True:
-            try:
-                return {n: self.segments.get(n) for (n,) in db.execute("SELECT id FROM segments").fetchall()}
-            except MovedError:  # compacted away between the two lines; look again
-                db.execute("ROLLBACK")
-                db.execute("BEGIN")
+    def _hold(self, db: sqlite3.Connection) -> dict[int, Segment]:
+        """All segments that the view on `db` knows, open; what is missing for good is missing."""
+        for _ in range(_TRIES):
+            held: dict[int, Segment] = {}
+            listed = [number for (number,) in db.execute("SELECT id FROM segments")]
+            for number in listed:
+                with contextlib.suppress(MovedError):
+                    held[number] = self.segments.get(number)
+            if len(held) == len(listed):
+                break
+            # compacted away between the two lines; look again
+            db.execute("ROLLBACK")
+            db.execute("BEGIN")
+        return held
 
     @contextlib.contextmanager
     def change(self) -> Iterator[EmbeddedChange]:
         """The one change of this moment; acknowledged when the block ends without an error."""
-        with self.said():
-            db = self.connection()
-            db.execute("BEGIN IMMEDIATE")
-            change = EmbeddedChange(db, self.segments, self.segment_bytes)
-            try:
-                yield change
-            except BaseException:
-                change.undo()  # while the lock is held: the next writer appends there
-                if db.in_transaction:  # SQLite itself has rolled back if the disk is full
-                    db.execute("ROLLBACK")
-                raise
-            try:
-                db.execute("COMMIT")
-            except BaseException:
-                # what was written behind the end of the segment is left to the next writer
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
+        db = self.connection()
+        db.execute("BEGIN IMMEDIATE")
+        change = EmbeddedChange(db, self.segments, self.segment_bytes)
+        try:
+            yield change
+        except BaseException:
+            change.undo()  # while the lock is held: the next writer appends there
+            if db.in_transaction:  # SQLite itself has rolled back if the disk is full
+                db.execute("ROLLBACK")
+            raise
+        try:
+            db.execute("COMMIT")
+        except BaseException:
+            # what was written behind the end of the segment is left to the next writer
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
 
     def erase(self) -> dict[int, int]:
         """Place -> bytes of every place that was waiting to be overwritten and now is, the WAL included."""
@@ -187,11 +199,16 @@ class Embedded:
 
     @contextlib.contextmanager
     def said(self) -> Iterator[None]:
-        """Turns what SQLite and the system say into words that help."""
+        """Turns what SQLite and the system say inside into words that help, and nonsense in rows into damage."""
         try:
             yield
-        except (sqlite3.DatabaseError, OSError) as error:
+        except ModicumError:
+            raise
+        except (sqlite3.Error, OSError) as error:
             raise StoreError(self._advice(error)) from error
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+            # rows that cannot be read as what they should be; text that is no text comes as a UnicodeDecodeError
+            raise StoreError(f"{self.location} {_DAMAGED} ({type(error).__name__}: {error})") from error
 
     def _advice(self, error: Exception) -> str:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
@@ -200,10 +217,15 @@ class Embedded:
                 f"{self.location} is busy: another process has been changing it for {self.timeout:g} seconds; "
                 "wait, or see which one has index.sqlite open (fuser, lsof)"
             )
-        if code == sqlite3.SQLITE_FULL or getattr(error, "errno", None) in (28, 27, 122):
+        if code == sqlite3.SQLITE_FULL or getattr(error, "errno", None) in _NO_ROOM:
             return f"no room for {self.location} ({error}): nothing of this change was kept; make room, or gc the store"
-        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            return f"{self.location} is damaged ({error}); restore it from a backup"
+        if code == sqlite3.SQLITE_IOERR:
+            return (
+                f"{self.location} cannot be read or written ({error}): nothing of this change was kept; look at the "
+                "disk, and at the limits on room and file sizes"
+            )
+        if code:
+            return f"{self.location} {_DAMAGED} ({error})"
         return f"{self.location}: {error}"
 
 

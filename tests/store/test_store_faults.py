@@ -1,0 +1,299 @@
+"""What a store has to survive: kills, full disks, damage, races, and readers in the middle of it all."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from modicum.errors import ModicumError, StoreError
+from modicum.store import Store
+from tests.store.small_records import record
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+def python(code, *arguments, **options):
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def finished(process):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out
+
+
+@pytest.mark.parametrize(
+    ("rounds", "seed"), [(40, 1), pytest.param(400, 2, marks=pytest.mark.slow)], ids=["some", "hundreds"]
+)
+def test_killed_at_any_moment(tmp_path, rounds, seed):
+    command = [sys.executable, HERE / "crash_harness.py", tmp_path / "store", str(rounds), str(seed)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["interrupted"] > rounds / 3  # the kills did hit changes
+    assert found["acknowledged"] > rounds
+
+
+_FILL = """
+    import sys
+    from modicum.errors import StoreError
+    from modicum.store import Store
+    from tests.store.small_records import record
+    {before}
+    store, safe = Store(sys.argv[1], timeout=5), []
+    try:
+        for n in range(100000):
+            store.put_many([(f"u{{n}}-{{k}}", record(10 * n + k)) for k in range(10)])
+            safe.append(n)
+    except StoreError as error:
+        print(len(safe), error)
+"""
+
+
+def check_full(said, folder):
+    safe, message = int(said.split()[0]), said
+    assert safe > 0
+    assert "nothing of this change was kept" in message
+    with Store(folder) as store:
+        assert [v.name for v in store.ls()] == sorted(f"u{n}-{k}" for n in range(safe) for k in range(10))
+        assert store.get(f"u{safe - 1}-9") == record(10 * (safe - 1) + 9)
+        assert store.verify().faults == ()
+
+
+def test_a_limit_on_file_sizes(tmp_path):
+    Store(tmp_path / "store", create=True).close()
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))"
+    said = finished(python(_FILL.format(before=limit), tmp_path / "store"))
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+    check_full(said, tmp_path / "store")
+    with Store(tmp_path / "store") as store:  # and it goes on where there is room again
+        store.put("after", record(1))
+        assert store.verify().faults == ()
+
+
+def test_a_full_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.getuid() or shutil.which("mount") is None:
+        pytest.skip("only root can mount a small disk")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=False, capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk here: {mounted.stderr.decode().strip()}")
+    try:
+        Store(disk / "store", create=True, segment_bytes=100_000).close()
+        check_full(finished(python(_FILL.format(before=""), disk / "store")), disk / "store")
+        with Store(disk / "store") as store:
+            with pytest.raises(StoreError, match="no room"):
+                store.put_many([(f"more{n}", record(10**6 + n)) for n in range(100)])
+            assert store.verify().faults == ()
+            subprocess.run(["mount", "-o", "remount,size=2m", disk], check=True)
+            store.purge("u0-0")
+            assert store.verify().faults == ()
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("filled") / "store"
+    with Store(folder, create=True, segment_bytes=8000) as store:
+        store.put_many([(f"u{n}", record(n)) for n in range(20)])
+        store.put("u0", record(50), tags=["x"], note="n", metrics={"acc": 1}, alias="production")
+        store.remove("u1", 1)
+        assert store.verify().faults == ()
+    assert not (folder / "index.sqlite-wal").exists()
+    return folder
+
+
+def copied(filled, to):
+    shutil.rmtree(to, ignore_errors=True)
+    shutil.copytree(filled, to)
+    return to
+
+
+def dead_bytes(folder):
+    """File offsets that belong to no version: what was removed."""
+    with Store(folder) as store:
+        rows = store._backend.connection().execute("SELECT segment, start, size FROM dead").fetchall()
+    return {(segment, start + 16 + k) for segment, start, size in rows for k in range(size)}
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_flipped_bit_of_the_payload_is_found(filled, tmp_path, data):
+    folder = copied(filled, tmp_path / "store")
+    file = data.draw(st.sampled_from(sorted((folder / "segments").iterdir())))
+    content = bytearray(file.read_bytes())
+    at, bit = data.draw(st.integers(0, len(content) - 1)), data.draw(st.integers(0, 7))
+    content[at] ^= 1 << bit
+    file.write_bytes(content)
+    belongs_to_nobody = (int(file.stem), at) in dead_bytes(folder)
+    with Store(folder) as store:
+        assert bool(store.verify().faults) != belongs_to_nobody
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_flipped_bit_of_the_index_is_found_or_changes_nothing(filled, tmp_path, data):
+    folder = copied(filled, tmp_path / "store")
+    content = bytearray((folder / "index.sqlite").read_bytes())
+    at, bit = data.draw(st.integers(0, len(content) - 1)), data.draw(st.integers(0, 7))
+    content[at] ^= 1 << bit
+    (folder / "index.sqlite").write_bytes(content)
+    try:
+        with Store(folder) as store:
+            if not store.verify().faults:  # free space of a page, or a setting that has no say any more
+                assert {str(v): v for v in store.ls()} == truth(filled)
+                assert all(store.get(f"u{n}@1") == record(n) for n in range(20) if n != 1)
+    except ModicumError:
+        pass  # refused
+
+
+_truth = {}
+
+
+def truth(filled):
+    if not _truth:
+        with Store(filled) as store:
+            _truth.update({str(version): version for version in store.ls()})
+    return _truth
+
+
+@pytest.mark.parametrize("cut", [1, 100, 5000])
+def test_a_truncated_segment(filled, tmp_path, cut):
+    folder = copied(filled, tmp_path / "store")
+    file = max((folder / "segments").iterdir())
+    os.truncate(file, max(0, file.stat().st_size - cut))
+    with Store(folder) as store:
+        assert any("cut short" in fault for fault in store.verify().faults)
+        assert store.get("u0@1") == record(0)  # lies in another file
+        with pytest.raises(ModicumError):
+            for n in range(20):
+                store.get(f"u{n}@latest")
+        with pytest.raises(StoreError, match="cut short"):
+            store.put("new", record(99))
+        assert "new" not in {version.name for version in store.ls()}
+
+
+def test_a_missing_segment(filled, tmp_path):
+    folder = copied(filled, tmp_path / "store")
+    (folder / "segments" / "00000001.seg").unlink()
+    with Store(folder) as store:
+        assert any("cannot be opened" in fault for fault in store.verify().faults)
+        with pytest.raises(StoreError, match="verify"):
+            store.get("u2")
+
+
+@pytest.mark.parametrize("content", [b"", b"no database at all" * 100], ids=["empty", "rubbish"])
+def test_an_index_that_is_none(filled, tmp_path, content):
+    folder = copied(filled, tmp_path / "store")
+    (folder / "index.sqlite").write_bytes(content)
+    with pytest.raises(StoreError, match="store"):
+        Store(folder)
+
+
+def test_a_newer_format_is_refused(filled, tmp_path):
+    folder = copied(filled, tmp_path / "store")
+    with Store(folder) as store:
+        store._backend.connection().execute("UPDATE settings SET value = 2 WHERE key = 'format'")
+    with pytest.raises(StoreError, match="format 2.*upgrade modicum"):
+        Store(folder)
+
+
+def test_writers_race_for_one_alias(tmp_path):
+    with Store(tmp_path / "store", create=True) as store:
+        for seed in range(8):
+            store.put("ada", record(seed))
+        store.promote("ada@1")
+    code = """
+        import sys
+        from modicum.errors import ConflictError
+        from modicum.store import Store
+        store, won = Store(sys.argv[1], actor=sys.argv[2]), 0
+        sys.stdin.readline()
+        for n in range(30):
+            now = store.show("ada@production").version
+            try:
+                store.promote(f"ada@{now % 8 + 1}", expected=now)
+                won += 1
+            except ConflictError:
+                pass
+        print(won)
+    """
+    racers = [python(code, tmp_path / "store", f"racer{n}", stdin=subprocess.PIPE) for n in range(4)]
+    time.sleep(1.0)
+    for racer in racers:
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    won = sum(int(finished(racer)) for racer in racers)
+    with Store(tmp_path / "store") as store:
+        moves = [entry for entry in store.log("ada") if entry.action == "alias"][1:]
+        # every move that was acknowledged started from where the one before had ended
+        assert len(moves) == won
+        assert [move.detail["from"] for move in moves] == [n % 8 + 1 for n in range(won)]
+        assert store.show("ada@production").version == won % 8 + 1
+        assert store.verify().faults == ()
+
+
+def test_writers_and_readers_during_compactions(tmp_path):
+    with Store(tmp_path / "store", create=True, segment_bytes=6000) as store:
+        store.put_many([(f"u{n}", record(n)) for n in range(60)])
+    reading = """
+        import sys
+        from modicum.store import Store
+        from tests.store.small_records import record
+        store, expected, reads = Store(sys.argv[1]), {n: record(n) for n in range(60)}, 0
+        print("ready", flush=True)
+        while not (reads > 300 and store.ls("end")):
+            for n in range(0, 60, 7):
+                assert store.get(f"u{n}@1") == expected[n]
+                reads += 1
+            assert store.get_many([f"u{n}@1" for n in range(60)]).values.shape == (60, 256)
+            with store.snapshot() as frozen:
+                one = [v.version for v in frozen.ls("moving")]
+                assert [v.version for v in frozen.ls("moving")] == one
+        print(reads)
+    """
+    writing = """
+        import sys
+        from modicum.store import Store
+        from tests.store.small_records import record
+        store = Store(sys.argv[1])
+        print("ready", flush=True)
+        for n in range(60):
+            store.put("moving", record(1000 + int(sys.argv[2]) * 100 + n))
+        print("written")
+    """
+    readers = [python(reading, tmp_path / "store") for _ in range(2)]
+    writers = [python(writing, tmp_path / "store", n) for n in range(2)]
+    for process in readers + writers:
+        assert process.stdout.readline() == "ready\n"
+    gone = 0
+    with Store(tmp_path / "store") as store:
+        for _ in range(15):
+            for version in store.ls("moving")[:-1]:
+                store.remove("moving", version.version)
+            gone += store.gc(0.0).segments
+        for process in writers:
+            assert finished(process) == "written\n"
+        store.put("end", record(0))
+        for process in readers:
+            assert int(finished(process)) > 300
+        assert gone > 10
+        assert store.show("moving").version == 120
+        assert store.verify().faults == ()
+    # no file that has been compacted away is left
+    assert len(list((tmp_path / "store" / "segments").iterdir())) < 30
