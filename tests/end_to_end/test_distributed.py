@@ -47,8 +47,11 @@ Meter.on_step_end = broken
 run(sys.argv[1])
 Meter.on_step_end = whole
 run(sys.argv[1], "--resume")
-for file in sys.argv[2:]:
+for file in sys.argv[2:-1]:
     run(file)
+from modicum.evaluate.resources import resident_peak
+print("peak", resident_peak(), flush=True)
+run(sys.argv[-1])
 """
 
 
@@ -108,6 +111,10 @@ def test_two_processes_equal_one(tmp_path):
     assert "train.batch_size = 5 rows do not divide over 2 devices" in main[-2]
     assert results[0]["processes"] == 2
     assert results[0]["timing"]["resumed_from"] == "checkpoint-4"
+    # a run took what its processes took together
+    peaks = [int(line.split()[1]) for lines in (main, other) for line in lines if line.startswith("peak")]
+    assert len(peaks) == 2
+    assert results[-1]["resources"]["peak_memory_bytes"] > 1.3 * max(peaks)
 
     for one, together in zip(alone, results, strict=True):
         adapters = sorted(one.folder.rglob("adapter_model.safetensors"))

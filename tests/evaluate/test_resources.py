@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -12,7 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modicum.errors import ConfigError
-from modicum.evaluate.resources import Prices, Resources, cost, reset_peaks, together, total, total_cost
+from modicum.evaluate.resources import (
+    Prices,
+    ResourceFile,
+    Resources,
+    cost,
+    reset_peaks,
+    together,
+    total,
+    total_cost,
+)
 
 MIB = 2**20
 
@@ -250,3 +260,22 @@ def test_wrong_prices_are_told_all_at_once():
     with pytest.raises(ConfigError, match="'gpu_hours' \\(did you mean 'gpu_hour'"):
         Prices.of({"gpu_hours": 1.0, "currency": "EUR"})
     assert Prices.of({"kwh": 0.3, "currency": "EUR"}) == Prices(kwh=0.3, currency="EUR")
+
+
+def test_a_file_holds_every_attempt_but_nothing_that_was_refused(tmp_path):
+    path = tmp_path / "run" / "resources.json"
+    with pytest.raises(ConfigError), ResourceFile(path):
+        raise ConfigError("no such rows")
+    assert not path.parent.exists()
+    with pytest.raises(KeyError), ResourceFile(path):
+        raise KeyError
+    with ResourceFile(path) as used:
+        pass
+    written = json.loads(path.read_text())
+    assert len(written["attempts"]) == 2
+    assert written["total"] == total(written["attempts"]) == used.total()
+    # what was cut off while it was written is no reason to stop
+    path.write_text("{")
+    with ResourceFile(path):
+        pass
+    assert len(json.loads(path.read_text())["attempts"]) == 1
