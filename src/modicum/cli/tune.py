@@ -88,6 +88,11 @@ def _run_table(report: dict[str, Any]) -> Any:
         f"{size['total']:,} bytes on disk, {report['steps']} steps"
         + (f", {step:.3g} s per step" if step is not None else ""),
     ]
+    # reports of earlier versions have none
+    if used := report.get("resources"):
+        lines.append(
+            f"took {used['seconds']:.3g} s, {used['cpu_seconds']:.3g} processor seconds (modicum cost)"
+        )
     return [
         table(f"{report['method']}, recipe {report['recipe_digest']}", ["metric", *columns], rows),
         *lines,
