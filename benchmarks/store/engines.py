@@ -7,6 +7,8 @@ the store, and the connection is new.
     python benchmarks/store/engines.py [--records 20000] [--bytes 10240] [--folder FOLDER]
 """
 
+# ruff: noqa: D102 - two small classes that do the same
+
 from __future__ import annotations
 
 import argparse

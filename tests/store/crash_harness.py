@@ -21,8 +21,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from modicum.store import Put, Store
 from tests.store import small_records
+
+from modicum.store import Put, Store
 
 NAMES = [f"users/{n}" for n in range(5)]
 #: bytes of a segment, small enough that rounds meet many

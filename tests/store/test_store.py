@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.store.small_records import record
 
 from modicum.errors import ConfigError, ConflictError, CorruptAdapterError, NotStoredError, StoreError
 from modicum.store import Filter, Put, Store
 from modicum.store.record import encode, peek
-from tests.store.small_records import record
 
 
 @pytest.fixture
@@ -54,7 +54,11 @@ def test_everything_said_about_a_version_is_kept(store):
     store.untag("ada@1", "night")
     store.note("ada", None)
     version = store.show("ada")
-    assert (version.metrics, version.tags, version.note) == ({"acc": 0.5, "f1": 1.0}, ("best", "checked"), None)
+    assert (version.metrics, version.tags, version.note) == (
+        {"acc": 0.5, "f1": 1.0},
+        ("best", "checked"),
+        None,
+    )
     with pytest.raises(NotStoredError, match="no tag night"):
         store.untag("ada", "night")
     assert store.verify().faults == ()
@@ -85,7 +89,7 @@ def test_an_alias_moves_and_goes_back_step_by_step(store):
     store.promote("ada@3")  # changes nothing, and is no step
     assert store.rollback("ada") == 1
     store.unalias("ada", "production")
-    with pytest.raises(NotStoredError, match="no alias 'productoin'.*it has canary"):
+    with pytest.raises(NotStoredError, match=r"no alias 'productoin'.*it has canary"):
         store.get("ada@productoin")
     assert store.verify().faults == ()
 
@@ -190,7 +194,25 @@ def test_pages_of_a_listing_miss_nothing(store):
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", "../x", "a/../b", "/a", "a/", "a//b", "a@b", "a\0", "a\n", "a b", "ä", "-x", "x" * 201, "a/.b"]
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "../x",
+        "a/../b",
+        "/a",
+        "a/",
+        "a//b",
+        "a@b",
+        "a\0",
+        "a\n",
+        "a b",
+        "ä",
+        "-x",
+        "x" * 201,
+        "a/.b",
+    ],
 )
 def test_names_that_could_be_something_else(store, name):
     with pytest.raises(ConfigError, match="no name for an adapter"):
@@ -240,7 +262,12 @@ def test_only_the_owner_may_read(store, tmp_path):
     store.put("ada", record())
     store.gc(0.0)
     store.backup(tmp_path / "copy")
-    for path in [tmp_path / "store", tmp_path / "copy", *(tmp_path / "store").rglob("*"), *(tmp_path / "copy").rglob("*")]:
+    for path in [
+        tmp_path / "store",
+        tmp_path / "copy",
+        *(tmp_path / "store").rglob("*"),
+        *(tmp_path / "copy").rglob("*"),
+    ]:
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
 
 
@@ -310,5 +337,7 @@ def test_the_store_needs_no_torch(tmp_path):
         f"s = Store({str(tmp_path / 's')!r}, create=True); s.put('a', record()); s.get('a'); s.verify()\n"
         "print([m for m in ('torch', 'peft', 'transformers') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd())
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd()
+    )
     assert done.stdout.strip() == "[]"

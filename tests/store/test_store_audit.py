@@ -7,10 +7,10 @@ import sqlite3
 import time
 
 import pytest
+from tests.store.small_records import record
 
 from modicum.store import Store
 from modicum.store.catalogue import audit
-from tests.store.small_records import record
 
 
 @pytest.fixture
@@ -55,7 +55,9 @@ def test_every_change_is_one_entry_with_who_when_what(folder):
             {"alias": "production", "from": 1},
             {"alias": "production", "from": 2},
         ]
-        assert [(e.name, e.version) for e in entries[:5]] == [("one", 1)] * 2 + [("one", 2)] * 2 + [("two", 1)]
+        assert [(e.name, e.version) for e in entries[:5]] == [("one", 1)] * 2 + [("one", 2)] * 2 + [
+            ("two", 1)
+        ]
         assert sorted(e.at for e in entries) == [e.at for e in entries]
         assert [e.seq for e in store.log("two")] == [5]
         assert [e.seq for e in store.log(after=10)] == [11, 12]
@@ -77,7 +79,8 @@ def test_every_change_is_one_entry_with_who_when_what(folder):
         "UPDATE audit SET hash = zeroblob(32) WHERE seq = 4",
         "DELETE FROM audit WHERE seq = 2",
         "DELETE FROM audit WHERE seq = 5",
-        "INSERT INTO audit SELECT 6, at + 9, actor, action, name, version, digest, detail, content, hash FROM audit WHERE seq = 5",
+        "INSERT INTO audit SELECT seq + 1, at + 9, actor, action, name, version, digest, detail, content, hash "
+         "FROM audit WHERE seq = 5",
         "UPDATE names SET name = 'uno' WHERE name = 'one'",
         "UPDATE names SET latest = 9 WHERE name = 'one'",
         "UPDATE names SET salt = zeroblob(16) WHERE name = 'one'",
@@ -139,7 +142,12 @@ def test_a_log_that_was_written_anew_is_found_with_an_earlier_head(folder):
 def test_a_log_that_was_cut_off_is_found_with_an_earlier_head(folder):
     with Store(folder) as store:
         head = store.head()
-    edit(folder, "DELETE FROM audit WHERE seq = 5", "DELETE FROM versions WHERE name = 2", "DELETE FROM names WHERE id = 2")
+    edit(
+        folder,
+        "DELETE FROM audit WHERE seq = 5",
+        "DELETE FROM versions WHERE name = 2",
+        "DELETE FROM names WHERE id = 2",
+    )
     edit(
         folder,
         "UPDATE settings SET value = 4 WHERE key = 'entries'",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -15,24 +16,34 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from modicum.errors import ModicumError, StoreError
-from modicum.store import Store
 from tests.store.small_records import record
+
+from modicum.errors import CorruptAdapterError, ModicumError, StoreError
+from modicum.store import Store
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-def python(code, *arguments, **options):
-    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+@pytest.fixture
+def python():
+    """Starts a program in a process of its own, which does not outlive the test."""
+    with contextlib.ExitStack() as stack:
+
+        def start(code, *arguments):
+            command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+            pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+            process = stack.enter_context(subprocess.Popen(command, cwd=ROOT, text=True, **pipes))
+            stack.callback(process.kill)
+            return process
+
+        yield start
 
 
 def finished(process):
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    return out
+    # not communicate(): what readline() has read ahead would be lost
+    assert process.wait(timeout=60) == 0, process.stderr.read()
+    return process.stdout.read()
 
 
 @pytest.mark.parametrize(
@@ -73,7 +84,7 @@ def check_full(said, folder):
         assert store.verify().faults == ()
 
 
-def test_a_limit_on_file_sizes(tmp_path):
+def test_a_limit_on_file_sizes(python, tmp_path):
     Store(tmp_path / "store", create=True).close()
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))"
     said = finished(python(_FILL.format(before=limit), tmp_path / "store"))
@@ -84,12 +95,14 @@ def test_a_limit_on_file_sizes(tmp_path):
         assert store.verify().faults == ()
 
 
-def test_a_full_disk(tmp_path):
+def test_a_full_disk(python, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if os.getuid() or shutil.which("mount") is None:
         pytest.skip("only root can mount a small disk")
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=False, capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=False, capture_output=True
+    )
     if mounted.returncode:
         pytest.skip(f"cannot mount a small disk here: {mounted.stderr.decode().strip()}")
     try:
@@ -180,9 +193,8 @@ def test_a_truncated_segment(filled, tmp_path, cut):
     with Store(folder) as store:
         assert any("cut short" in fault for fault in store.verify().faults)
         assert store.get("u0@1") == record(0)  # lies in another file
-        with pytest.raises(ModicumError):
-            for n in range(20):
-                store.get(f"u{n}@latest")
+        with pytest.raises(CorruptAdapterError, match="cut short"):
+            store.get("u0@2")  # the last that was put
         with pytest.raises(StoreError, match="cut short"):
             store.put("new", record(99))
         assert "new" not in {version.name for version in store.ls()}
@@ -209,11 +221,11 @@ def test_a_newer_format_is_refused(filled, tmp_path):
     folder = copied(filled, tmp_path / "store")
     with Store(folder) as store:
         store._backend.connection().execute("UPDATE settings SET value = 2 WHERE key = 'format'")
-    with pytest.raises(StoreError, match="format 2.*upgrade modicum"):
+    with pytest.raises(StoreError, match=r"format 2.*upgrade modicum"):
         Store(folder)
 
 
-def test_writers_race_for_one_alias(tmp_path):
+def test_writers_race_for_one_alias(python, tmp_path):
     with Store(tmp_path / "store", create=True) as store:
         for seed in range(8):
             store.put("ada", record(seed))
@@ -233,7 +245,7 @@ def test_writers_race_for_one_alias(tmp_path):
                 pass
         print(won)
     """
-    racers = [python(code, tmp_path / "store", f"racer{n}", stdin=subprocess.PIPE) for n in range(4)]
+    racers = [python(code, tmp_path / "store", f"racer{n}") for n in range(4)]
     time.sleep(1.0)
     for racer in racers:
         racer.stdin.write("go\n")
@@ -248,7 +260,7 @@ def test_writers_race_for_one_alias(tmp_path):
         assert store.verify().faults == ()
 
 
-def test_writers_and_readers_during_compactions(tmp_path):
+def test_writers_and_readers_during_compactions(python, tmp_path):
     with Store(tmp_path / "store", create=True, segment_bytes=6000) as store:
         store.put_many([(f"u{n}", record(n)) for n in range(60)])
     reading = """
@@ -283,7 +295,7 @@ def test_writers_and_readers_during_compactions(tmp_path):
         assert process.stdout.readline() == "ready\n"
     gone = 0
     with Store(tmp_path / "store") as store:
-        for _ in range(15):
+        while any(process.poll() is None for process in writers):
             for version in store.ls("moving")[:-1]:
                 store.remove("moving", version.version)
             gone += store.gc(0.0).segments
@@ -292,7 +304,7 @@ def test_writers_and_readers_during_compactions(tmp_path):
         store.put("end", record(0))
         for process in readers:
             assert int(finished(process)) > 300
-        assert gone > 10
+        assert gone > 3
         assert store.show("moving").version == 120
         assert store.verify().faults == ()
     # no file that has been compacted away is left

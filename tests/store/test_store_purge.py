@@ -6,11 +6,11 @@ import contextlib
 import sqlite3
 
 import pytest
+from tests.store.small_records import record
 
 from modicum.errors import ConfigError, ConflictError, NotStoredError, StoreError
 from modicum.store import Store
 from modicum.store.record import encode
-from tests.store.small_records import record
 
 NAME, NOTE = "users/0b6c5a3e-54dd-4c43", "private-note-about-this-user"
 

@@ -53,8 +53,9 @@ def layout(names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> Layou
     return Layout(names, shapes, offsets)
 
 
+@functools.lru_cache(maxsize=64)
 def to_text(names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> str:
-    """The layout as one line of JSON: `[[before, first, last, [[after, shape], …]], …]`."""
+    """The layout as one line of JSON: `[[before, first, last, [[after, shape], …]], …]`; cached like `from_text`."""
     runs: list[list] = []
     tensors = [(*_split(name), list(shape)) for name, shape in zip(names, shapes, strict=True)]
     for (before, index), members in itertools.groupby(tensors, key=lambda t: (t[0], t[1])):

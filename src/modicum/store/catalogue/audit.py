@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 #: what the first entry is hashed with
 BEGINNING = bytes(32)
+#: µs that the clock may be behind the log before the log tells what the clock said
+_JITTER = 1_000_000
 _INSERT = (
     "INSERT INTO audit(seq, at, actor, action, name, version, digest, detail, hash) "
     "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
@@ -69,11 +71,11 @@ def append(change: Change, actor: str, drafts: Sequence[Draft]) -> tuple[int, in
     last, at, link = found[0] if found else (0, 0, BEGINNING)
     who, first = _actor(change, actor), last + 1
     clock = time.time_ns() // 1000
+    # entries of one change are 1 µs apart, which is no clock that goes backwards
+    behind = {"clock": clock} if at > clock + _JITTER else {}
     rows = []
     for seq, draft in enumerate(drafts, first):
-        detail = draft.detail
-        if at > clock:  # the clock goes backwards: the log does not, and keeps what the clock said
-            detail = {**(detail or {}), "clock": clock}
+        detail = {**(draft.detail or {}), **behind} or None
         at = max(clock, at + 1)
         text = None if detail is None else _text(detail)
         part = content(draft.digest, text)

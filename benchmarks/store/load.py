@@ -1,0 +1,298 @@
+"""A store of many adapters: how fast it is written and read, what it takes, against folders and plain SQLite blobs.
+
+Records are LoRA-XS adapters (r = 16, bfloat16, q and v of as many layers as the size asks for) with normal random
+numbers and real headers, under names of users. All arms run in one process after each other on the same disk. "Cold" is
+strict: before every single read the kernel was told to forget all files, and the store is opened anew.
+
+    python benchmarks/store/load.py --records 50000 --bytes 10240
+    python benchmarks/store/load.py --records 1000000 --bytes 10240 --folder FOLDER   # 11 GB, some minutes
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from modicum import __version__
+from modicum.store import Store
+from modicum.store.record import Record, build, encode
+
+sys.path.insert(0, str(Path(__file__).parent))
+from measured import forget, percentiles
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+RESULTS = Path(__file__).parent / "results"
+RANK = 16
+#: records made at a time, so that making them does not count as writing them
+_CHUNK = 10_000
+#: what the store promises: bytes per byte of a record, and per record
+_FACTOR, _EXTRA = 1.03, 200
+_READER = """
+import json, resource, sys, time
+names = json.load(sys.stdin)
+from modicum.store import Store
+def resident():
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmRSS"))
+before = resident()
+start = time.perf_counter()
+store = Store(sys.argv[1])
+opened = time.perf_counter() - start
+store.get(names[0])
+first = time.perf_counter() - start
+for name in names:
+    store.get(name)
+print(json.dumps({"open_ms": 1e3 * opened, "open_and_first_get_ms": 1e3 * first, "resident_mib": resident(),
+                  "resident_before_opening_mib": before}))
+"""
+
+
+def records(count: int, size: int, seed: int = 0) -> Iterator[tuple[str, Record]]:
+    """(name, record) of `count` users; a record takes about `size` bytes."""
+    rng = np.random.default_rng(seed)
+    tensors = max(1, round((size - 550) / (2 * RANK**2)))
+    names = [f"model.layers.{n // 2}.self_attn.{'qv'[n % 2]}_proj.R" for n in range(tensors)]
+    about: dict[str, Any] = {
+        "config": {"r": RANK, "alpha": 16.0, "target_modules": ["q_proj", "v_proj"]},
+        "task_type": "CAUSAL_LM",
+        "base_fingerprint": "5f" * 32,
+        "basis_fingerprint": rng.normal(size=16).round(5).tolist(),
+        "recipe_digest": "blake2b:" + "a1" * 32,
+    }
+    for _ in range(count):
+        values = rng.standard_normal((tensors, RANK, RANK), np.float32)
+        yield (
+            f"users/{uuid.UUID(bytes=rng.bytes(16))}",
+            build("lora_xs", dict(zip(names, values, strict=True)), **about),
+        )
+
+
+def chunks(count: int, size: int) -> Iterator[list[tuple[str, Record]]]:
+    made = records(count, size)
+    for at in range(0, count, _CHUNK):
+        yield [next(made) for _ in range(min(_CHUNK, count - at))]
+
+
+def timed(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def disk_bytes(folder: Path) -> int:
+    """What the files under `folder` take on the disk, in whole blocks."""
+    return sum(512 * path.lstat().st_blocks for path in folder.rglob("*"))
+
+
+def forget_all(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            forget(path)
+
+
+def ours(folder: Path, given: argparse.Namespace) -> dict:
+    rng, names, payload, seconds = np.random.default_rng(1), [], 0, 0.0
+    with Store(folder, create=True) as store:
+        for chunk in chunks(given.records, given.bytes):
+            seconds += timed(lambda chunk=chunk: store.put_many(chunk))
+            names += [name for name, _ in chunk]
+            payload += sum(len(encode(record)) for _, record in chunk[:1]) * len(chunk)
+            print(f"\r{len(names):,} of {given.records:,}", end="", file=sys.stderr)
+        singles = list(records(given.singles, given.bytes, seed=2))
+        single = [timed(lambda one=one: store.put(f"single/{one[0]}", one[1])) for one in singles]
+    total = given.records + given.singles
+    payload += given.singles * len(encode(singles[0][1]))
+    disk = disk_bytes(folder)
+    limit = _FACTOR * payload + _EXTRA * total
+    result: dict[str, Any] = {
+        "records": total,
+        "record_bytes": payload // total,
+        "batched_records_per_second": round(given.records / seconds),
+        "single_commit_ms": percentiles(single, 1e3),
+        "disk_bytes_per_record": round(disk / total, 1),
+        "disk_bytes_allowed_per_record": round(limit / total, 1),
+    }
+    drawn = rng.choice(names, given.reads).tolist()
+    result["reader"] = reader(folder, drawn[:1000])
+    result |= reading(folder, drawn, rng, names)
+    with Store(folder) as store:
+        result["verify_seconds"] = round(timed(store.verify), 2)
+        removed = names[:220]
+        result["remove_ms"] = percentiles([timed(lambda n=n: store.remove(n, 1)) for n in removed[:200]], 1e3)
+        result["purge_ms"] = percentiles([timed(lambda n=n: store.purge(n)) for n in removed[200:220]], 1e3)
+        result["ls_100_ms"] = round(1e3 * timed(lambda: store.ls(limit=100)), 2)
+        result["stats_seconds"] = round(timed(store.stats), 2)
+    return result
+
+
+def reading(folder: Path, drawn: list[str], rng: np.random.Generator, names: list[str]) -> dict:
+    def groups(count: int) -> list[list[str]]:
+        return [rng.choice(names, 64, replace=False).tolist() for _ in range(count)]
+
+    def cold(wanted: list) -> list[float]:
+        times = []
+        for one in wanted:
+            forget_all(folder)
+            with Store(folder) as store:
+                times.append(timed(lambda one=one, store=store: store.get_many(one).tensor()))
+        return times
+
+    with Store(folder) as store:
+        for name in drawn:
+            store.get(name)
+        warm = [timed(lambda name=name: store.get(name)) for name in drawn]
+        tensor = [timed(lambda name=name: store.get_many([name]).tensor()) for name in drawn]
+        together = groups(50)
+        for names_ in together:
+            store.get_many(names_)
+        many = [timed(lambda n=n: store.get_many(n).tensor()) for n in together for _ in range(4)]
+    return {
+        "warm_get_us": percentiles(warm, 1e6),
+        "warm_tensor_us": percentiles(tensor, 1e6),
+        "cold_tensor_ms": percentiles(cold([[name] for name in drawn[:300]]), 1e3),
+        "warm_get_many_64_ms": percentiles(many, 1e3),
+        "cold_get_many_64_ms": percentiles(cold(groups(60)), 1e3),
+    }
+
+
+def reader(folder: Path, names: list[str]) -> dict:
+    """Opening and memory, in processes that do nothing else."""
+    found = []
+    for _ in range(5):
+        forget_all(folder)
+        command = [sys.executable, "-c", _READER, str(folder)]
+        done = subprocess.run(command, input=json.dumps(names), capture_output=True, text=True, check=True)
+        found.append(json.loads(done.stdout))
+    return {key: round(max(one[key] for one in found), 2) for key in found[0]}
+
+
+def peft_folders(folder: Path, given: argparse.Namespace) -> dict:
+    """One folder with `adapter_model.safetensors` and `adapter_config.json` per adapter, as PEFT saves them."""
+    seconds, names, payload = 0.0, [], 0
+    config = json.dumps({"peft_type": "LORA", "r": RANK, "target_modules": ["q_proj", "v_proj"]}, indent=2)
+    for chunk in chunks(given.baseline, given.bytes):
+        states = [
+            (name, {f"base_model.model.{n}": torch.from_numpy(v).bfloat16() for n, v in record.tensors()})
+            for name, record in chunk
+        ]
+
+        def write(states: list = states) -> None:
+            for name, state in states:
+                (folder / name).mkdir(parents=True)
+                save_file(state, folder / name / "adapter_model.safetensors")
+                (folder / name / "adapter_config.json").write_text(config)
+
+        seconds += timed(write)
+        names += [name for name, _ in chunk]
+        payload += sum(len(encode(chunk[0][1])) for _ in chunk)
+
+    def read(name: str) -> object:
+        json.loads((folder / name / "adapter_config.json").read_text())
+        return load_file(folder / name / "adapter_model.safetensors")
+
+    return baseline(folder, given, names, payload, seconds, read)
+
+
+def sqlite_blobs(folder: Path, given: argparse.Namespace) -> dict:
+    """One table of names and blobs, default pages, WAL, durable, commits as large as the store's."""
+    db = sqlite3.connect(folder / "blobs.sqlite", isolation_level=None)
+    for pragma in ("journal_mode=WAL", "synchronous=FULL"):
+        db.execute(f"PRAGMA {pragma}").fetchall()
+    db.execute("CREATE TABLE adapters(name TEXT PRIMARY KEY, data BLOB)")
+    seconds, names, payload = 0.0, [], 0
+    for chunk in chunks(given.baseline, given.bytes):
+
+        def write(chunk: list = chunk) -> None:
+            for at in range(0, len(chunk), 2000):
+                db.execute("BEGIN")
+                rows = ((name, encode(record)) for name, record in chunk[at : at + 2000])
+                db.executemany("INSERT INTO adapters VALUES (?, ?)", rows)
+                db.execute("COMMIT")
+
+        seconds += timed(write)
+        names += [name for name, _ in chunk]
+        payload += len(encode(chunk[0][1])) * len(chunk)
+
+    def read(name: str) -> object:
+        data = db.execute("SELECT data FROM adapters WHERE name = ?", (name,)).fetchone()[0]
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+    db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    result = baseline(folder, given, names, payload, seconds, read)
+    db.close()
+    return result
+
+
+def baseline(
+    folder: Path,
+    given: argparse.Namespace,
+    names: list[str],
+    payload: int,
+    seconds: float,
+    read: Callable[[str], object],
+) -> dict:
+    drawn = np.random.default_rng(1).choice(names, min(given.reads, 2000)).tolist()
+    cold = []
+    os.sync()
+    for name in drawn[:300]:
+        for path in [*folder.glob("blobs.sqlite*"), *(folder / name).glob("*")]:
+            forget(path)
+        cold.append(timed(lambda name=name: read(name)))
+    for name in drawn:
+        read(name)
+    return {
+        "records": len(names),
+        "record_bytes": payload // len(names),
+        "batched_records_per_second": round(len(names) / seconds),
+        "disk_bytes_per_record": round(disk_bytes(folder) / len(names), 1),
+        "cold_tensor_ms": percentiles(cold, 1e3),
+        "warm_tensor_us": percentiles([timed(lambda name=name: read(name)) for name in drawn], 1e6),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--records", type=int, default=50_000)
+    parser.add_argument("--bytes", type=int, default=10_240)
+    parser.add_argument("--singles", type=int, default=500, help="records put with a commit each")
+    parser.add_argument("--reads", type=int, default=5000)
+    parser.add_argument("--baseline", type=int, default=10_000, help="records of the arms beside the store")
+    parser.add_argument("--folder", type=Path, help="where the stores are made; a temporary folder otherwise")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    result: dict[str, Any] = {
+        "what": f"{given.records} adapters of about {given.bytes} bytes",
+        "command": f"python benchmarks/store/load.py --records {given.records} --bytes {given.bytes}",
+        "versions": {"modicum": __version__, "torch": torch.__version__, "sqlite": sqlite3.sqlite_version},
+    }
+    arms = {"store": ours, "folders of safetensors": peft_folders, "SQLite blobs": sqlite_blobs}
+    for name, arm in arms.items():
+        folder = Path(tempfile.mkdtemp(dir=given.folder))
+        try:
+            result[name] = arm(folder, given)
+        finally:
+            shutil.rmtree(folder)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"load-{given.records}-{given.bytes}.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
