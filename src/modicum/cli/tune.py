@@ -81,18 +81,15 @@ def _run_table(report: dict[str, Any]) -> Any:
     names = list(metrics[columns[-1]]) if columns else []
     rows = [[name, *(_cell(metrics[column].get(name)) for column in columns)] for name in names]
     trained, size, timing = report["trained_values"], report["stored_bytes"], report["timing"]
-    step = timing["seconds_per_step_median"]
+    step, used = timing["seconds_per_step_median"], report.get("resources")
     lines = [
         f"{'kept' if report['reused'] else 'wrote'} {report['folder']}",
         f"{trained['total']:,} trained values (adapter {trained['adapter']:,}, head {trained['head']:,}), "
         f"{size['total']:,} bytes on disk, {report['steps']} steps"
-        + (f", {step:.3g} s per step" if step is not None else ""),
+        + (f", {step:.3g} s per step" if step is not None else "")
+        # reports of earlier versions have none
+        + (f", {used['cpu_seconds']:.3g} processor seconds" if used else ""),
     ]
-    # reports of earlier versions have none
-    if used := report.get("resources"):
-        lines.append(
-            f"took {used['seconds']:.3g} s, {used['cpu_seconds']:.3g} processor seconds (modicum cost)"
-        )
     return [
         table(f"{report['method']}, recipe {report['recipe_digest']}", ["metric", *columns], rows),
         *lines,
