@@ -87,7 +87,6 @@ def _run_table(report: dict[str, Any]) -> Any:
         f"{trained['total']:,} trained values (adapter {trained['adapter']:,}, head {trained['head']:,}), "
         f"{size['total']:,} bytes on disk, {report['steps']} steps"
         + (f", {step:.3g} s per step" if step is not None else "")
-        # reports of earlier versions have none
         + (f", {used['cpu_seconds']:.3g} processor seconds" if used else ""),
     ]
     return [
