@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import itertools
 from typing import TYPE_CHECKING, TypeVar, final
 
 from modicum.errors import CorruptAdapterError
@@ -79,12 +80,12 @@ class Readable(abc.ABC):
 
     def ls(self, wanted: Filter | str | None = None, *, limit: int | None = None) -> list[Version]:
         """The versions that meet the conditions (or whose names match a pattern), by name and version."""
-        found: list[Version] = []
+        return list(itertools.islice(self.versions(wanted), limit))
+
+    def versions(self, wanted: Filter | str | None = None) -> Iterator[Version]:
+        """The same as a stream; for all of it at one moment, ask a `Store.snapshot()`."""
         for page in self._pages(_as_filter(wanted)):
-            found += self._read(lambda view, page=page: [describe(view, one) for one in page])
-            if limit is not None and len(found) >= limit:
-                return found[:limit]
-        return found
+            yield from self._read(lambda view, page=page: [describe(view, one) for one in page])
 
     def iterate(self, wanted: Filter | str | None = None) -> Iterator[tuple[str, Record]]:
         """(`name@version`, record) of all versions that meet the conditions, by name and version, as a stream.

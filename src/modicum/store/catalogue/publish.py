@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from modicum.errors import ConfigError
+from modicum.errors import ConfigError, ConflictError
 from modicum.store.catalogue import audit, pointers
 from modicum.store.catalogue.lookup import Name, resolve
 from modicum.store.catalogue.names import check_alias, check_label, check_name, reference
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from modicum.store.engine.interface import Change
 
+#: numbers of versions stay below: what every database holds as a whole number
+_END = 1 << 31
 _Kind = tuple[str, str, str | None, str | None, str | None]
 
 
@@ -41,6 +43,10 @@ class Put:
     note: str | None = None
     #: alias that is moved to the new version in the same change
     alias: str | None = None
+    #: its number, above all that the name ever had; the next one unless given
+    version: int | None = None
+    #: where it was taken from; the log keeps it
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ def prepare(put: Put) -> Prepared:
         "metrics": check_metrics(put.metrics),
         "tags": sorted({check_label(tag, "a tag") for tag in put.tags}),
         "note": put.note,
+        "source": put.source,
     }
     basis = record.basis_fingerprint
     kind = (
@@ -123,7 +130,9 @@ class _Batch:
         """The version that `item`, kept as object `number`, becomes."""
         put = item.put
         name = self._name(put.name)
-        version = name.latest + 1
+        version = name.latest + 1 if put.version is None else put.version
+        if not name.latest < version < _END:
+            raise ConflictError(f"{put.name!r} has had versions up to {name.latest}; {version} cannot follow")
         self._names[put.name] = name = Name(name.id, name.name, version, name.salt)
         kind, size = self._kind(item.kind), len(item.payload.data)
         detail = {**item.detail, "kind": kind}
