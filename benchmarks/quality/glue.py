@@ -1,4 +1,4 @@
-"""Real GLUE tasks on a real pretrained encoder: full fine-tuning, LoRA, VeRA and LoRA-XS at four ranks.
+"""Real GLUE tasks on a real pretrained encoder: full fine-tuning, LoRA, VeRA, TinyLoRA and LoRA-XS at four ranks.
 
 Per task and method: three learning rates on one seed, the best on validation rows (cut from the training rows),
 then three seeds at that rate on the evaluation rows, which nothing was selected on. Same rows, batch, steps and
@@ -8,7 +8,8 @@ with each other and not with leaderboards.
     pip install 'modicum[bench]'
     python benchmarks/quality/glue.py --data ../shared/data/glue --work /somewhere --workers 3
 
-Interrupted runs go on where they stopped. Results: benchmarks/quality/results/glue.json.
+Interrupted runs go on where they stopped. Results: benchmarks/quality/results/glue.json, where cells that
+were not asked for (`--tasks`, `--methods`) stay as they are.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ TASKS = {
     "sst2": {"test": "dev", "columns": ["sentence"], "metric": "accuracy", "length": 64, "rows": 8000, "steps": 250},
     "cola": {"test": "dev", "columns": ["sentence"], "metric": "matthews", "length": 48, "rows": None, "steps": 200},
     "mrpc": {"test": "test", "columns": ["sentence1", "sentence2"], "metric": "f1", "length": 96, "rows": None, "steps": 120},  # noqa: E501
+    "stsb": {"test": "test", "columns": ["sentence1", "sentence2"], "metric": "pearson", "length": 64, "rows": None, "steps": 150},  # noqa: E501
     "rte": {"test": "dev", "columns": ["sentence1", "sentence2"], "metric": "accuracy", "length": 112, "rows": None, "steps": 90},  # noqa: E501
 }  # fmt: skip
 
@@ -41,6 +43,7 @@ METHODS = {
     "full": ({"name": "full"}, [3e-5, 1e-4, 3e-4]),
     "lora-r8": ({"name": "lora", "r": 8, "lora_alpha": 16, "target_modules": TARGETS}, [3e-4, 1e-3, 3e-3]),
     "vera-r256": ({"name": "vera", "r": 256, "target_modules": TARGETS}, [3e-3, 1e-2, 3e-2]),
+    "tiny_lora-u64": ({"name": "tiny_lora", "u": 64, "target_modules": TARGETS}, [3e-3, 1e-2, 3e-2]),
 } | {
     f"lora_xs-r{r}": (
         {"name": "lora_xs", "r": r, "alpha": 16, "target_modules": TARGETS},
@@ -62,7 +65,11 @@ def recipe_values(task: str, method: str, data: Path, work: Path) -> dict:
     """The recipe of one cell of the table."""
     facts, (options, rates) = TASKS[task], METHODS[method]
     return {
-        "model": {"name_or_path": model_folder(), "task": "seq_cls", "dtype": "float32"},
+        "model": {
+            "name_or_path": model_folder(),
+            "task": "regression" if facts["metric"] == "pearson" else "seq_cls",
+            "dtype": "float32",
+        },
         "data": {
             "train": str(data / task / "train.jsonl.gz"),
             "test": str(data / task / f"{facts['test']}.jsonl.gz"),
@@ -105,20 +112,25 @@ def run_cell(task: str, method: str, data: Path, work: Path) -> None:
     tune(make_recipe(recipe_values(task, method, data, work)), resume=True)
 
 
-def collect(cells: list[tuple[str, str]], work: Path) -> dict:
-    """The result file from the summaries of all cells."""
+def collect(cells: list[tuple[str, str]], work: Path, before: dict[str, dict]) -> dict:
+    """The result file from the summaries of all cells, and from what is known of others."""
     import torch
     import transformers
 
     from modicum import __version__
 
-    table: dict[str, dict] = {}
+    table: dict[str, dict] = {task: dict(before.get(task, {})) for task in TASKS}
     for task, method in cells:
         summary = json.loads((work / task / method / "summary.json").read_text())
         keep = ("best_learning_rate", "trained_values", "stored_bytes", "metrics", "interval", "selected_on")
-        table.setdefault(task, {})[method] = {key: summary[key] for key in keep if key in summary} | {
+        table[task][method] = {key: summary[key] for key in keep if key in summary} | {
             "learning_rates": METHODS[method][1]
         }
+    table = {
+        task: {name: found[name] for name in METHODS if name in found}
+        for task, found in table.items()
+        if found
+    }
     return {
         "what": "GLUE tasks on all-MiniLM-L6-v2 (22.7M parameters), CPU, float32 weights, bfloat16 autocast",
         "command": "python benchmarks/quality/glue.py --data ../shared/data/glue --work FOLDER",
@@ -143,13 +155,18 @@ def collect(cells: list[tuple[str, str]], work: Path) -> dict:
 def shown(table: dict[str, dict]) -> dict:
     """The documentation's table: one row per method, the mean over seeds ± half the 95 % interval per task."""
     rows = []
-    for method in next(iter(table.values())):
+    for method in METHODS:
+        first = next((cell[method] for cell in table.values() if method in cell), None)
+        if first is None:
+            continue
         cells = []
         for task, cell in table.items():
+            if method not in cell:
+                cells.append("")
+                continue
             score = cell[method]["metrics"]["test"][TASKS[task]["metric"]]
             half = (score["high"] - score["low"]) / 2
             cells.append(f"{100 * score['value']:.1f} ± {100 * half:.1f}")
-        first = table[next(iter(table))][method]
         values = first["trained_values"]
         rows.append([method, f"{values['adapter']:,}", f"{values['head']:,}", *cells])
     columns = [f"{task} ({TASKS[task]['metric']})" for task in table]
@@ -204,7 +221,8 @@ def main() -> None:
     with ThreadPoolExecutor(options.workers) as pool:
         if any(pool.map(start, cells)):
             sys.exit("some cells failed; run again to continue")
-    result.write_text(json.dumps(collect(cells, options.work), indent=2) + "\n")
+    before = json.loads(result.read_text())["tasks"] if result.exists() else {}
+    result.write_text(json.dumps(collect(cells, options.work, before), indent=2) + "\n")
     print(f"wrote {result}")
 
 
