@@ -15,6 +15,8 @@ MEASURED = sorted((ROOT / "benchmarks/quality/comparisons").glob("*.yaml"))
 SHARED = "notes"
 
 
+# PEFT says what save_projection: false means
+@pytest.mark.filterwarnings("ignore:Specified to not save vera_A:UserWarning")
 @pytest.mark.parametrize(
     "path",
     [path for path in [*ABLATIONS, *MEASURED] if path.parent.name != "ablations" or path.stem != SHARED],
