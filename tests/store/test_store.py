@@ -151,6 +151,48 @@ def test_a_batch_is_kept_as_a_whole_or_not_at_all(store):
     assert store.verify().faults == ()
 
 
+def test_a_parent_may_be_in_the_same_batch(store):
+    store.put_many(
+        [Put("ada", record(0)), Put("ada", record(1), parent="ada"), Put("bob", record(2), parent="ada@1")]
+    )
+    assert [store.show(one).parent for one in ("ada@1", "ada@2", "bob")] == [None, "ada@1", "ada@1"]
+    with pytest.raises(NotStoredError):
+        store.put("carl", record(3), parent="carl")  # not its own
+    assert store.verify().faults == ()
+
+
+@pytest.mark.parametrize(
+    "about", [{"note": "\ud800"}, {"data_digest": "\udfff"}, {"seed": "7"}, {"note": 3}, {"seed": True}]
+)
+def test_what_cannot_be_stored_is_refused_by_name(store, about):
+    with pytest.raises(ConfigError, match=next(iter(about))):
+        store.put("ada", record(), **about)
+    assert store.stats().entries == 0
+    store.put("ada", record())
+    with pytest.raises(ConfigError, match="note"):
+        store.note("ada", "\ud800")
+    assert store.stats().entries == 1
+
+
+def test_numbers_beyond_all_versions(store):
+    store.put("ada", record())
+    for call in (
+        lambda: store.remove("ada", 10**30),
+        lambda: store.get("ada@0"),
+        lambda: store.purge("ada", -1),
+    ):
+        with pytest.raises(NotStoredError):
+            call()
+    with pytest.raises(ConfigError):
+        store.get("ada@" + "9" * 30)
+
+
+def test_a_record_whose_words_are_none(store):
+    for about in ({"task_type": 3}, {"base_fingerprint": ["a"]}, {"task_type": "\ud800"}):
+        with pytest.raises(CorruptAdapterError, match="should have a word"):
+            store.put("ada", encode(record(**about)))
+
+
 def test_a_stream_of_all_records(store):
     store.put_many([(f"user{n:03d}", record(n)) for n in range(300)])
     seen = dict(store.iterate("user*"))

@@ -79,8 +79,7 @@ def test_every_change_is_one_entry_with_who_when_what(folder):
         "UPDATE audit SET hash = zeroblob(32) WHERE seq = 4",
         "DELETE FROM audit WHERE seq = 2",
         "DELETE FROM audit WHERE seq = 5",
-        "INSERT INTO audit SELECT seq + 1, at + 9, actor, action, name, version, digest, detail, content, hash "
-         "FROM audit WHERE seq = 5",
+        "UPDATE audit SET seq = 9 WHERE seq = 5",
         "UPDATE names SET name = 'uno' WHERE name = 'one'",
         "UPDATE names SET latest = 9 WHERE name = 'one'",
         "UPDATE names SET salt = zeroblob(16) WHERE name = 'one'",

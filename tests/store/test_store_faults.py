@@ -204,7 +204,7 @@ def test_a_missing_segment(filled, tmp_path):
     folder = copied(filled, tmp_path / "store")
     (folder / "segments" / "00000001.seg").unlink()
     with Store(folder) as store:
-        assert any("cannot be opened" in fault for fault in store.verify().faults)
+        assert any("cannot be read" in fault for fault in store.verify().faults)
         with pytest.raises(StoreError, match="verify"):
             store.get("u2")
 

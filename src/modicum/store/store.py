@@ -15,12 +15,12 @@ from modicum.errors import ConfigError, CorruptAdapterError, StoreError
 from modicum.store.catalogue import audit, labels, pointers, removal, replay
 from modicum.store.catalogue.audit import Draft, Head
 from modicum.store.catalogue.lookup import Found, Name, Version, describe, find_name, resolve
-from modicum.store.catalogue.names import Reference, check_alias, check_name, reference
+from modicum.store.catalogue.names import Reference, check_alias, check_name, check_text, reference
 from modicum.store.catalogue.pointers import ANYTHING, Expected
 from modicum.store.catalogue.publish import Prepared, Put, prepare, publish
 from modicum.store.catalogue.schema import TABLES
 from modicum.store.engine.interface import MovedError
-from modicum.store.engine.sqlite import SEGMENT_BYTES, Embedded
+from modicum.store.engine.sqlite import INDEX, SEGMENT_BYTES, Embedded
 from modicum.store.reading import Frozen, Readable
 
 if TYPE_CHECKING:
@@ -80,10 +80,10 @@ class Store(Readable):
             StoreError: there is no store, or it is damaged, or of a newer format.
         """
         folder = Path(location)
-        if create and not folder.joinpath("index.sqlite").is_file():
+        if create and not folder.joinpath(INDEX).is_file():
             Embedded.create(folder, TABLES, segment_bytes)
         self._backend: Backend = Embedded(folder, timeout=timeout)
-        self.actor = actor or os.environ.get("MODICUM_ACTOR") or _user()
+        self.actor = check_text(actor or os.environ.get("MODICUM_ACTOR") or _user(), "actor")
 
     def __enter__(self) -> Self:
         return self

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from modicum.errors import NotStoredError, listing
 from modicum.store.catalogue.audit import Draft
-from modicum.store.catalogue.names import check_label
+from modicum.store.catalogue.names import check_label, check_text
 from modicum.store.catalogue.publish import check_metrics
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def measure(change: Change, name: Name, found: Found, metrics: Mapping[str, floa
 
 def note(change: Change, name: Name, found: Found, text: str | None) -> Draft:
     """The entry for the log after the version has this note, or none."""
+    text = None if text is None else check_text(text, "note")
     change.run("DELETE FROM notes WHERE name = ? AND version = ?", name.id, found.version)
     if text is not None:
         change.run("INSERT INTO notes VALUES (?, ?, ?)", name.id, found.version, text)

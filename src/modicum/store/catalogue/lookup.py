@@ -25,6 +25,9 @@ _BY_ALIAS = (
     f"{_COLUMNS} JOIN aliases a ON a.name = n.id AND a.version = v.version WHERE n.name = ? AND a.alias = ?"
 )
 
+#: no name has so many versions, and the database no such numbers
+_TOO_MANY = 1 << 62
+
 
 @dataclass(frozen=True)
 class Found:
@@ -108,6 +111,8 @@ def resolve(view: Snapshot, wanted: Reference) -> Found:
     """
     if wanted.selector == LATEST:
         found = view.rows(_NEWEST, wanted.name)
+    elif isinstance(wanted.selector, int) and not 0 < wanted.selector < _TOO_MANY:
+        found = []
     else:
         query = _BY_NUMBER if isinstance(wanted.selector, int) else _BY_ALIAS
         found = view.rows(query, wanted.name, wanted.selector)

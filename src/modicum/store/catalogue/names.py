@@ -13,6 +13,8 @@ _PART = r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*"
 _NAME = re.compile(rf"{_PART}(?:/{_PART})*", re.ASCII)
 _LABEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", re.ASCII)
 _MOST = 200
+#: longer numbers are no versions
+_DIGITS = 18
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,17 @@ def check_label(label: str, what: str) -> str:
     return label
 
 
+def check_text(text: str, what: str) -> str:
+    """`text`, if it can be written as UTF-8.
+
+    Raises:
+        ConfigError: it is no text, or half of a character.
+    """
+    if not isinstance(text, str) or text.encode(errors="ignore").decode() != text:
+        raise ConfigError(f"{what} = {text!r} is no text that can be stored")
+    return text
+
+
 def check_alias(alias: str) -> str:
     """`alias`, if it cannot be taken for a version.
 
@@ -80,6 +93,6 @@ def reference(text: str | Reference) -> Reference:
     check_name(name)
     if not at:
         return Reference(name)
-    if selector.isascii() and selector.isdigit():
+    if selector.isascii() and selector.isdigit() and len(selector) < _DIGITS:
         return Reference(name, int(selector))
     return Reference(name, selector if selector == LATEST else check_alias(selector))

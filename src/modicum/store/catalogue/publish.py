@@ -9,10 +9,10 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from modicum.errors import ConfigError, ConflictError
+from modicum.errors import ConfigError, ConflictError, CorruptAdapterError
 from modicum.store.catalogue import audit, pointers
 from modicum.store.catalogue.lookup import Name, resolve
-from modicum.store.catalogue.names import check_alias, check_label, check_name, reference
+from modicum.store.catalogue.names import LATEST, check_alias, check_label, check_name, check_text, reference
 from modicum.store.engine.interface import Payload
 from modicum.store.objects import stated_digest
 from modicum.store.record import Record, decode, encode
@@ -72,13 +72,16 @@ def prepare(put: Put) -> Prepared:
     if put.alias is not None:
         check_alias(put.alias)
     detail = {
-        "data": put.data_digest,
-        "seed": put.seed,
+        "data": None if put.data_digest is None else check_text(put.data_digest, "data_digest"),
+        "seed": _seed(put.seed),
         "metrics": check_metrics(put.metrics),
         "tags": sorted({check_label(tag, "a tag") for tag in put.tags}),
-        "note": put.note,
-        "source": put.source,
+        "note": None if put.note is None else check_text(put.note, "note"),
+        "source": None if put.source is None else check_text(put.source, "source"),
     }
+    for word in (record.method, record.task_type, record.base_fingerprint):
+        if not isinstance(word, (str, type(None))) or not (word or "").isprintable():
+            raise CorruptAdapterError(f"{put.name}: {word!r} stands where the record should have a word")
     basis = record.basis_fingerprint
     kind = (
         record.method,
@@ -125,10 +128,12 @@ class _Batch:
         self._labels: dict[str, list[tuple]] = {"tags": [], "metrics": [], "notes": []}
         self._drafts: list[audit.Draft] = []
         self._aliases: list[tuple[Name, str, int]] = []
+        self._mine: set[tuple[int, int]] = set()
 
     def take(self, item: Prepared, number: int) -> int:
         """The version that `item`, kept as object `number`, becomes."""
         put = item.put
+        parent = None if put.parent is None else self._parent(put.parent)
         name = self._name(put.name)
         version = name.latest + 1 if put.version is None else put.version
         if not name.latest < version < _END:
@@ -136,9 +141,9 @@ class _Batch:
         self._names[put.name] = name = Name(name.id, name.name, version, name.salt)
         kind, size = self._kind(item.kind), len(item.payload.data)
         detail = {**item.detail, "kind": kind}
-        if put.parent is not None:
-            parent = resolve(self._change, reference(put.parent))
-            detail["parent"] = [parent.name_id, parent.version]
+        if parent is not None:
+            detail["parent"] = parent
+        self._mine.add((name.id, version))
         self._versions.append((name.id, version, number, kind, size))
         self._labels["tags"] += [(tag, name.id, version) for tag in detail.get("tags", ())]
         self._labels["metrics"] += [(name.id, version, *pair) for pair in detail.get("metrics", {}).items()]
@@ -172,6 +177,17 @@ class _Batch:
         if drafts:
             audit.append(change, self._actor, drafts)
 
+    def _parent(self, text: str) -> list[int]:
+        """Number and version of a parent, which may be an earlier item of the same change."""
+        wanted = reference(text)
+        mine = self._names.get(wanted.name)
+        if mine is not None:
+            version = mine.latest if wanted.selector == LATEST else wanted.selector
+            if (mine.id, version) in self._mine:
+                return [mine.id, int(version)]
+        found = resolve(self._change, wanted)
+        return [found.name_id, found.version]
+
     def _name(self, text: str) -> Name:
         found = self._names.get(text)
         if found is None:
@@ -199,6 +215,12 @@ class _Batch:
 def kind_digest(kind: tuple) -> bytes:
     """What a kind of record is known by, and checked with."""
     return hashlib.blake2b(json.dumps(kind).encode(), digest_size=16).digest()
+
+
+def _seed(seed: int | None) -> int | None:
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+        raise ConfigError(f"seed = {seed!r}, must be a whole number")
+    return seed
 
 
 def _is_number(value: object) -> bool:

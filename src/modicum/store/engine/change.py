@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from modicum.errors import CorruptAdapterError
 from modicum.store.engine.interface import MovedError, Payload, Stored
-from modicum.store.engine.segments import FRAME_BYTES, START, framed
+from modicum.store.engine.segments import START, framed
 
 if TYPE_CHECKING:
     import sqlite3
@@ -36,14 +36,11 @@ class View:
     def load(self, objects: Sequence[int]) -> list[Stored]:
         """The objects with these numbers, in this order, unchecked."""
         places = [self._place(number) for number in objects]
-        if len(places) > 1:  # the disk may fetch them side by side
+        if len(places) > 1:
             for _, segment, start, size in places:
-                os.posix_fadvise(
-                    self._segment(segment).handle, start, FRAME_BYTES + size, os.POSIX_FADV_WILLNEED
-                )
+                self.segment(segment).expect(start, size)
         return [
-            Stored(digest, self._segment(segment).read(start, size))
-            for digest, segment, start, size in places
+            Stored(digest, self.segment(segment).read(start, size)) for digest, segment, start, size in places
         ]
 
     def _place(self, number: int) -> tuple[bytes, int, int, int]:
@@ -54,7 +51,12 @@ class View:
             )
         return found
 
-    def _segment(self, number: int) -> Segment:
+    def segment(self, number: int) -> Segment:
+        """Segment `number`, open.
+
+        Raises:
+            MovedError: there is no such file (any more).
+        """
         return self._held.get(number) or self._segments.get(number)
 
 

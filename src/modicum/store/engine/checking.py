@@ -38,7 +38,11 @@ def check(
             report(f"index: {error}")
             return 0
         for number, end in ends.items():
-            for fault in store.segments.faults(number, end):
+            try:
+                faults = list(store.segments.faults(view.segment(number), number, end))
+            except (MovedError, OSError) as error:
+                faults = [f"segment {number} cannot be read: {error}"]
+            for fault in faults:
                 report(fault)
             query = "SELECT start, size, id, digest FROM objects WHERE segment = ? ORDER BY start"
             places = view.rows(query, number)

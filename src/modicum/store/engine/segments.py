@@ -30,6 +30,9 @@ _FRAME = struct.Struct("<4sIQ")
 #: bytes before an object
 FRAME_BYTES = _FRAME.size
 _LIVE, _ERASED = b"mObj", b"gone"
+# what some systems lack; the slower or the no way is right too
+_flush = getattr(os, "fdatasync", os.fsync)
+_advise = getattr(os, "posix_fadvise", None)
 #: files held open by one process; a store of this many segments has a terabyte and more
 _MOST_OPEN = 512
 #: bytes overwritten at a time
@@ -67,6 +70,11 @@ class Segment:
         raise CorruptAdapterError(
             f"{self.path.name}, {size} bytes at {start}: {fault}; restore the store from a backup"
         )
+
+    def expect(self, start: int, size: int) -> None:
+        """Returns at once; the disk may begin to fetch the object, beside others."""
+        if _advise is not None:
+            _advise(self.handle, start, FRAME_BYTES + size, os.POSIX_FADV_WILLNEED)
 
     def gone(self) -> bool:
         """Whether the file has been unlinked since it was opened."""
@@ -163,7 +171,7 @@ class Segments:
             at += framed(len(data))
         try:
             _write(segment.handle, b"".join(parts), end)
-            os.fdatasync(segment.handle)
+            _flush(segment.handle)
         except OSError:
             os.ftruncate(segment.handle, end)
             raise
@@ -181,7 +189,7 @@ class Segments:
             _write(segment.handle, _gone(size), start)
             for at in range(0, size, _ZEROS):
                 _write(segment.handle, bytes(min(_ZEROS, size - at)), start + FRAME_BYTES + at)
-        os.fdatasync(segment.handle)
+        _flush(segment.handle)
 
     def unlink(self, number: int) -> int:
         """Bytes that came free by removing the file of segment `number`; 0 if it was not there."""
@@ -192,17 +200,12 @@ class Segments:
             self._open.pop(number, None)
         return size
 
-    def faults(self, number: int, end: int) -> Iterator[str]:
-        """What is wrong with segment `number` up to its catalogued `end`: file, head, and frames that do not follow.
+    def faults(self, segment: Segment, number: int, end: int) -> Iterator[str]:
+        """What is wrong with segment `number` up to its catalogued `end`: its head, and frames that do not follow.
 
         Objects are not looked at.
         """
-        name = self.path(number).name
-        try:
-            segment = Segment(self.path(number), os.O_RDONLY)
-        except OSError as error:
-            yield f"{name}: cannot be opened ({error.strerror})"
-            return
+        name = segment.path.name
         head = os.pread(segment.handle, START, 0)
         if head != (wanted := _HEAD.pack(_FILE_MAGIC, _FORMAT, 0, number, self._store)) + zlib.crc32(
             wanted

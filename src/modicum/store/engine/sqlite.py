@@ -83,11 +83,13 @@ class Embedded:
         Raises:
             StoreError: the folder holds something else.
         """
-        folder.parent.mkdir(parents=True, exist_ok=True)
         aside = folder.with_name(f".{folder.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-        maintenance.make_folder(aside)
-        maintenance.make_folder(aside / FOLDER)
-        try:
+        with said(str(folder), 1.0), contextlib.ExitStack() as stack:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            stack.callback(maintenance.remove_folder, aside)
+            maintenance.remove_folder(aside)
+            maintenance.make_folder(aside)
+            maintenance.make_folder(aside / FOLDER)
             os.close(os.open(aside / INDEX, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
             with contextlib.closing(connect(aside / INDEX, 1.0)) as db:
                 db.executescript(f"BEGIN; {_TABLES} {tables} COMMIT;")
@@ -95,8 +97,6 @@ class Embedded:
                 db.executemany("INSERT INTO settings VALUES (?, ?)", settings.items())
                 db.execute(f"PRAGMA application_id={_APPLICATION}")
             maintenance.publish_folder(aside, folder, INDEX)
-        finally:
-            maintenance.remove_folder(aside)
 
     @contextlib.contextmanager
     def snapshot(self, *, pinned: bool = False) -> Iterator[View]:
@@ -115,8 +115,9 @@ class Embedded:
 
     def _hold(self, db: sqlite3.Connection) -> dict[int, Segment]:
         """All segments that the view on `db` knows, open; what is missing for good is missing."""
+        held: dict[int, Segment] = {}
         for _ in range(_TRIES):
-            held: dict[int, Segment] = {}
+            held.clear()
             listed = [number for (number,) in db.execute("SELECT id FROM segments")]
             for number in listed:
                 with contextlib.suppress(MovedError):
@@ -197,36 +198,42 @@ class Embedded:
             self._all.add(mine)
         return mine.db
 
-    @contextlib.contextmanager
-    def said(self) -> Iterator[None]:
+    def said(self) -> contextlib.AbstractContextManager[None]:
         """Turns what SQLite and the system say inside into words that help, and nonsense in rows into damage."""
-        try:
-            yield
-        except ModicumError:
-            raise
-        except (sqlite3.Error, OSError) as error:
-            raise StoreError(self._advice(error)) from error
-        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
-            # rows that cannot be read as what they should be; text that is no text comes as a UnicodeDecodeError
-            raise StoreError(f"{self.location} {_DAMAGED} ({type(error).__name__}: {error})") from error
+        return said(self.location, self.timeout)
 
-    def _advice(self, error: Exception) -> str:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            return (
-                f"{self.location} is busy: another process has been changing it for {self.timeout:g} seconds; "
-                "wait, or see which one has index.sqlite open (fuser, lsof)"
-            )
-        if code == sqlite3.SQLITE_FULL or getattr(error, "errno", None) in _NO_ROOM:
-            return f"no room for {self.location} ({error}): nothing of this change was kept; make room, or gc the store"
-        if code == sqlite3.SQLITE_IOERR:
-            return (
-                f"{self.location} cannot be read or written ({error}): nothing of this change was kept; look at the "
-                "disk, and at the limits on room and file sizes"
-            )
-        if code:
-            return f"{self.location} {_DAMAGED} ({error})"
-        return f"{self.location}: {error}"
+
+@contextlib.contextmanager
+def said(location: str, timeout: float) -> Iterator[None]:
+    """See `Embedded.said`; for a store that is not open yet."""
+    try:
+        yield
+    except ModicumError:
+        raise
+    except (sqlite3.Error, OSError) as error:
+        raise StoreError(_advice(error, location, timeout)) from error
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+        # rows that cannot be read as what they should be; text that is no text comes as a UnicodeDecodeError
+        raise StoreError(f"{location} {_DAMAGED} ({type(error).__name__}: {error})") from error
+
+
+def _advice(error: Exception, location: str, timeout: float) -> str:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return (
+            f"{location} is busy: another process has been changing it for {timeout:g} seconds; wait, or see which "
+            "one has index.sqlite open (fuser, lsof)"
+        )
+    if code == sqlite3.SQLITE_FULL or getattr(error, "errno", None) in _NO_ROOM:
+        return (
+            f"no room for {location} ({error}): nothing of this change was kept; make room, or gc the store"
+        )
+    if code == sqlite3.SQLITE_IOERR:
+        return (
+            f"{location} cannot be read or written ({error}): nothing of this change was kept; look at the disk, and "
+            "at the limits on room and file sizes"
+        )
+    return f"{location} {_DAMAGED} ({error})" if code else f"{location}: {error}"
 
 
 class _Connection:
