@@ -309,3 +309,53 @@ def test_writers_and_readers_during_compactions(python, tmp_path):
         assert store.verify().faults == ()
     # no file that has been compacted away is left
     assert len(list((tmp_path / "store" / "segments").iterdir())) < 30
+
+
+def test_backups_while_others_write(python, tmp_path):
+    Store(tmp_path / "store", create=True, segment_bytes=6000).close()
+    writing = """
+        import sys
+        from modicum.store import Put, Store
+        from tests.store.small_records import record
+        store, n = Store(sys.argv[1]), 0
+        print("ready", flush=True)
+        while not store.ls("stop"):
+            store.put_many([Put(f"pair{n}", record(n)), Put(f"pair{n}", record(n + 1), alias="production")])
+            n += 1
+    """
+    writers = [python(writing, tmp_path / "store")]
+    assert writers[0].stdout.readline() == "ready\n"
+    counts = []
+    with Store(tmp_path / "store") as store:
+        for n in range(6):
+            store.backup(tmp_path / f"copy{n}")
+            with Store(tmp_path / f"copy{n}") as copy:
+                assert copy.verify().faults == ()
+                found = copy.stats()
+                assert found.versions == 2 * found.names == 2 * found.aliases  # no half of a batch
+                counts.append(found.versions)
+        store.put("stop", record(0))
+    finished(writers[0])
+    assert counts == sorted(counts)
+    assert counts[-1] > counts[0]
+
+
+def test_many_make_one_store(python, tmp_path):
+    code = """
+        import sys
+        from modicum.store import Store
+        from tests.store.small_records import record
+        sys.stdin.readline()
+        with Store(sys.argv[1], create=True) as store:
+            store.put(f"from{sys.argv[2]}", record(int(sys.argv[2])))
+    """
+    makers = [python(code, tmp_path / "store", n) for n in range(4)]
+    for maker in makers:
+        maker.stdin.write("go\n")
+        maker.stdin.flush()
+    for maker in makers:
+        finished(maker)
+    with Store(tmp_path / "store") as store:
+        assert [v.name for v in store.ls()] == [f"from{n}" for n in range(4)]
+        assert store.verify().faults == ()
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]  # nothing left aside

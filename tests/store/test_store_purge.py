@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sqlite3
 
 import pytest
@@ -10,6 +11,8 @@ from tests.store.small_records import record
 
 from modicum.errors import ConfigError, ConflictError, NotStoredError, StoreError
 from modicum.store import Store
+from modicum.store.catalogue import removal
+from modicum.store.catalogue.lookup import find_name
 from modicum.store.record import encode
 
 NAME, NOTE = "users/0b6c5a3e-54dd-4c43", "private-note-about-this-user"
@@ -69,6 +72,22 @@ def test_a_purged_name_leaves_no_byte(store, folder):
     assert store.verify().faults == ()
 
 
+def test_what_a_purge_takes_from_the_log_cannot_be_guessed_back(store, folder):
+    fill(store)
+    store.note(NAME, "yes")
+    with contextlib.closing(sqlite3.connect(folder / "index.sqlite")) as db:
+        salt = db.execute("SELECT salt FROM names WHERE name = ?", (NAME,)).fetchone()[0]
+        details = [
+            json.loads(text) for (text,) in db.execute("SELECT detail FROM audit WHERE detail IS NOT NULL")
+        ]
+    # the salt of the name goes with it, and whatever few values could be tried for has a nonce
+    assert all("nonce" in detail for detail in details if detail.keys() != {"kind"})
+    assert len({detail["nonce"] for detail in details if "nonce" in detail}) > 2
+    assert on_disk(folder, salt) == [salt]
+    store.purge(NAME)
+    assert on_disk(folder, salt) == []
+
+
 def test_a_purged_version_leaves_no_byte(store, folder):
     fill(store)
     with pytest.raises(ConflictError, match="production"):
@@ -108,6 +127,19 @@ def test_a_purge_that_was_interrupted_is_finished_by_gc(store, folder):
     store.gc()
     assert store.log()[-1].action == "erased" or store.log()[-2].action == "erased"
     assert on_disk(folder, NAME.encode(), NOTE.encode()) == []
+    assert store.verify().faults == ()
+
+
+def test_a_compaction_between_the_two_steps_of_a_purge_overwrites_too(store, folder, tmp_path):
+    fill(store)
+    for file in (folder / "segments").iterdir():  # what else the freed blocks could be seen through
+        (tmp_path / file.name).hardlink_to(file)
+    with store._backend.change() as change:
+        removal.purge_name(change, "tester", find_name(change, NAME))
+    assert store._backend.compact(0.0).segments > 0
+    assert on_disk(tmp_path, payload(1), payload(2), payload(3)) == []
+    store.gc()
+    assert "erased" in [entry.action for entry in store.log(limit=10**6)]
     assert store.verify().faults == ()
 
 
