@@ -35,6 +35,11 @@ class Readable(abc.ABC):
 
     _backend: Backend
 
+    @property
+    def location(self) -> str:
+        """What the user called the store."""
+        return self._backend.location
+
     @abc.abstractmethod
     def _read(self, action: Callable[[Snapshot], T]) -> T:
         """What `action` makes of a consistent view; it may be done more than once."""
