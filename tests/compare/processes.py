@@ -36,3 +36,13 @@ def peak(mebibytes):
 
 def wait(seconds):
     time.sleep(seconds)
+
+
+def nest(file):
+    """Start a process that would run for ten minutes, and wait for it."""
+    from modicum.compare.workers import Task, Workers
+
+    with Workers(1, 1) as workers:
+        workers.start(Task(0, wait, (600,)))
+        file.write_text(str(workers._running[0].process.pid))
+        workers.wait()

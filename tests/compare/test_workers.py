@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 
 import psutil
 import pytest
@@ -65,3 +67,18 @@ def test_each_slot_has_one_gpu_of_those_that_may_be_used():
     assert [gpu_of(slot, 2, None) for slot in range(3)] == ["0", "1", "0"]
     assert [gpu_of(slot, 2, "4,7") for slot in range(3)] == ["4", "7", "4"]
     assert gpu_of(1, 2, "GPU-aa, GPU-bb") == "GPU-bb"
+
+
+def test_a_process_ends_with_the_one_that_started_it(tmp_path):
+    file = tmp_path / "pid"
+    with Workers(1, 1) as workers:
+        workers.start(Task(0, processes.nest, (file,)))
+        until = time.monotonic() + 60
+        while not file.is_file() or not file.read_text():
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        below = psutil.Process(int(file.read_text()))
+        os.kill(workers._running[0].process.pid, signal.SIGKILL)
+        assert "SIGKILL" in workers.wait()[0].error
+    # nothing but its own watching can end it: nobody is left to
+    assert not psutil.wait_procs([below], timeout=20)[1]

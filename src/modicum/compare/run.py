@@ -160,6 +160,7 @@ class _Engine:
         self.bases = {name: base_report(spec, name) for name in spec.options.compressions}
         #: the rows of cells that ended
         self.rows: dict[Cell, list[dict[str, Any]]] = {}
+        self.tried: set[tuple[Cell, float, int]] = set()
         #: runs of a cell that are waiting or under way
         self.pending: dict[Cell, int] = {}
         self.queue: deque[Task] = deque()
@@ -208,6 +209,10 @@ class _Engine:
             self._close(cell)
             return
         runs = self._missing(cell, recipe)
+        if again := [f"lr {rate:g} seed {seed}" for rate, seed in runs if (cell, rate, seed) in self.tried]:
+            self._failed("run", cell, f"{cell.name}: {again[0]} ended, but left no report of its recipe", "")
+            return
+        self.tried |= {(cell, *run) for run in runs}
         tasks = [
             Task(("run", cell, rate, seed), train_run, (run, self.data, self.spec.options.workers))
             for rate, seed in runs
