@@ -134,8 +134,8 @@ def test_what_overflows_float16_says_to_use_bfloat16():
 
 
 def test_unknown_types_and_values_that_are_not_finite_are_refused_on_writing():
-    with pytest.raises(ConfigError, match="only as float32, float16, bfloat16"):
-        build("lora_xs", {"a.R": np.ones((1, 1), np.float32)}, "int8")
+    with pytest.raises(ConfigError, match="only as float32, float16, bfloat16, int8, int4"):
+        build("lora_xs", {"a.R": np.ones((1, 1), np.float32)}, "int16")
     bad = {f"layers.{i}.R": np.full((1, 1), np.nan if i in (2, 5) else 1, np.float32) for i in range(7)}
     with pytest.raises(CorruptAdapterError, match=r"layers\.2\.R, layers\.5\.R"):
         build("lora_xs", bad)

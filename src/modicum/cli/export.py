@@ -32,7 +32,10 @@ def run(
         ),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Type of the numbers in a compact record: bfloat16, float16 or float32.")
+        str,
+        typer.Option(
+            help="Type of the numbers in a compact record: bfloat16, float16, float32, int8 or int4."
+        ),
     ] = "bfloat16",
     allow_inexact: Annotated[
         bool, typer.Option("--allow-inexact", help="Write a model that the engine cannot hold exactly.")

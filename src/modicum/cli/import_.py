@@ -25,7 +25,10 @@ def run(
     ] = None,
     fmt: Annotated[str, typer.Option("--format", help="modicum, peft or lora.")] = "modicum",
     dtype: Annotated[
-        str, typer.Option(help="Type of the numbers in a compact record: bfloat16, float16 or float32.")
+        str,
+        typer.Option(
+            help="Type of the numbers in a compact record: bfloat16, float16, float32, int8 or int4."
+        ),
     ] = "float32",
     basis: Annotated[
         Path | None,

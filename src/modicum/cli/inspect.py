@@ -55,6 +55,7 @@ def _adapter(found: "Inspection", layers: bool) -> list[Any]:
         *_sub_network(found.sub_network),
         ("head values", f"{found.head_values:,}" if found.head_values else ""),
         ("types", ", ".join(found.dtypes)),
+        ("  off by", (r := found.rounding) and f"{r.largest:.3g} at most, {r.relative:.2%} of the norm"),
         ("bytes", f"{found.bytes:,}"),
         ("  values", f"{found.value_bytes:,}"),
         ("  head", f"{found.head_bytes:,}" if found.head_bytes else ""),

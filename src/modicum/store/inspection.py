@@ -15,7 +15,7 @@ from modicum.errors import ConfigError, CorruptAdapterError, listing
 from modicum.store.active import ActiveSubNetwork, of_adapter, unfit
 from modicum.store.model_inspection import OK, ModelInspection, inspect_model
 from modicum.store.numbers import finite
-from modicum.store.record import MAGIC, decode, peek
+from modicum.store.record import MAGIC, Rounding, decode, peek
 from modicum.store.tensor_files import DamagedFileError, StoredTensor, read_header
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ class Inspection:
     basis_fingerprint: str | None = None
     recipe_digest: str | None = None
     digest: str | None = None
+    #: of low-bit values: what they are off from those that were trained
+    rounding: Rounding | None = None
     #: of an elastic adapter: which of its sub-networks runs on loading
     sub_network: ActiveSubNetwork | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -123,6 +125,7 @@ def _record(path: Path) -> Inspection:
         container_bytes=header.container_bytes,
         base_model=options.pop("base_model_name_or_path", None),
         digest=header.digest,
+        rounding=header.rounding,
         sub_network=active,
         options=options,
         **about,

@@ -17,12 +17,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from modicum.errors import CorruptAdapterError
+from modicum.store.low_bit import block_lengths
 
 _NUMBER = re.compile(r"(\d+)", re.ASCII)
 #: the first component of a dotted name that is a plain index, without leading zeros
 _INDEX = re.compile(r"^(.*?\.)(0|[1-9]\d{0,8})(\..*)$", re.ASCII | re.DOTALL)
 #: a sane ceiling: no known model has a thousandth of it, and a damaged range must not eat the memory
 MAX_TENSORS = 1 << 22
+_MAX_VALUES = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,11 @@ class Layout:
     shapes: tuple[tuple[int, ...], ...]
     #: (tensors + 1,) int64, starting with 0
     offsets: np.ndarray
+
+    @functools.cached_property
+    def blocks(self) -> np.ndarray:
+        """(blocks,) int64: how many values share each scale, if the values are low-bit ones."""
+        return block_lengths(self.offsets[1:] - self.offsets[:-1])
 
     @property
     def size(self) -> int:
@@ -69,15 +76,17 @@ def to_text(names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def from_text(text: str) -> Layout:
-    """The layout written in `text`; cached, since the adapters of one base model share it.
+def from_text(text: str, most: int = MAX_TENSORS) -> Layout:
+    """The layout written in `text`, of `most` tensors at most; cached, since adapters of one base model share it.
 
     Raises:
         CorruptAdapterError: the text is no layout.
     """
     try:
-        names, shapes = _expand(json.loads(text))
-    except (ValueError, TypeError, RecursionError) as error:
+        names, shapes = _expand(json.loads(text), min(most, MAX_TENSORS))
+        if sum(map(math.prod, shapes)) > _MAX_VALUES:
+            raise ValueError("more values than any file holds")  # noqa: TRY301 - one place words the error
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise CorruptAdapterError(
             f"the list of tensors cannot be read ({error}); get the file again"
         ) from error
@@ -91,16 +100,16 @@ def _split(name: str) -> tuple[str, int, str]:
     return (match[1], int(match[2]), match[3]) if match else ("", -1, name)
 
 
-def _expand(runs: list) -> tuple[list[str], list[tuple[int, ...]]]:
+def _expand(runs: list, most: int) -> tuple[list[str], list[tuple[int, ...]]]:
     names: list[str] = []
     shapes: list[tuple[int, ...]] = []
     for before, first, last, block in runs:
-        if not (-1 <= first <= last) or len(names) + (last - first + 1) * len(block) > MAX_TENSORS:
+        if not (-1 <= first <= last) or len(names) + (last - first + 1) * max(len(block), 1) > most:
             raise ValueError(f"range {first} to {last} of {len(block)} tensors")
         afters = [after for after, _ in block]
-        sizes = [tuple(int(side) for side in shape) for _, shape in block]
-        if any(side < 0 for shape in sizes for side in shape):
-            raise ValueError("a negative size")
+        sizes = [tuple(shape) for _, shape in block]
+        if any(type(side) is not int or side < 0 for shape in sizes for side in shape):
+            raise ValueError("a size that is none")
         for index in range(first, last + 1):
             start = f"{before}{index}" if index >= 0 else ""
             names += [start + after for after in afters]

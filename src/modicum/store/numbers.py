@@ -31,9 +31,7 @@ def to_storage(values: np.ndarray, dtype: str) -> np.ndarray:
     if dtype not in VALUE_DTYPES:
         raise ConfigError(f"values cannot be stored as {dtype!r}, only as {', '.join(VALUE_DTYPES)}")
     if dtype == "bfloat16":
-        bits = np.ascontiguousarray(values, dtype="<f4").view("<u4")
-        half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-        stored = ((bits + half) >> np.uint32(16)).astype("<u2")
+        stored = to_bfloat16(values)
     else:
         with np.errstate(over="ignore"):
             stored = values.astype(VALUE_DTYPES[dtype])
@@ -47,8 +45,20 @@ def to_storage(values: np.ndarray, dtype: str) -> np.ndarray:
 def to_floats(stored: np.ndarray, dtype: str) -> np.ndarray:
     """Stored values as float32, a copy unless they are that already; wider and integer types as they are."""
     if dtype == "bfloat16":
-        return (stored.astype("<u4") << np.uint32(16)).view("<f4")
+        return from_bfloat16(stored)
     return stored.astype("<f4") if dtype == "float16" else stored
+
+
+def to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """The bit patterns of float32 `values` rounded to nearest-even in bfloat16."""
+    bits = np.ascontiguousarray(values, dtype="<f4").view("<u4")
+    half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return ((bits + half) >> np.uint32(16)).astype("<u2")
+
+
+def from_bfloat16(bits: np.ndarray) -> np.ndarray:
+    """float32 values with these bfloat16 bit patterns."""
+    return (bits.astype("<u4") << np.uint32(16)).view("<f4")
 
 
 def finite(stored: np.ndarray, dtype: str) -> bool:

@@ -5,22 +5,19 @@ The record spends at most 1 KiB + 2 % over the numbers themselves, and is made f
 them: `decode` copies no value and builds no per-tensor object. The values come back as ONE flat array on the
 given bytes plus offsets, and the list of names is shared between records of the same base model.
 
-    header       128 bytes: magic, version, value type, counts, lengths, method, CRC-32 of the header,
-                 BLAKE2b-256 of everything else
+    header       128 bytes: sizes, and check sums of itself and of everything else (`front`)
     description  zlib: one line of JSON about the adapter, one line with names and shapes (`layout`)
-    values       little-endian, tensors in natural order of their names, no gaps
+    values       little-endian, tensors in natural order of their names, no gaps; or 8 or 4 bits each (`low_bit`)
     sections     full modules such as a classification head, each in its own type
 
 Every part starts at a multiple of 8 bytes, padded with zeros. bfloat16, which NumPy lacks, is carried as
-its bit pattern in uint16.
+its bit pattern in uint16, low-bit values as their packed bytes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import struct
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,25 +26,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from modicum.errors import ConfigError, CorruptAdapterError, listing
+from modicum.store import low_bit
+from modicum.store.front import AGAIN, DIGEST_BYTES, HEADER_BYTES, MAGIC, MAX_DESCRIPTION, TYPES, Front, pad
 from modicum.store.layout import Layout, from_text, layout, natural, to_text
 from modicum.store.numbers import DTYPES, VALUE_DTYPES, finite, to_floats, to_storage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-MAGIC = b"\x8aMODICUM"
-VERSION = 1
+__all__ = [
+    "DIGEST_BYTES", "HEADER_BYTES", "MAGIC", "SUFFIX", "TYPES", "Header", "Record", "Rounding", "Section",
+    "build", "decode", "digest", "encode", "peek", "unpacked",
+]  # fmt: skip
 SUFFIX = ".modicum"
-_CODES = list(DTYPES)
-# magic, version, value type, flags, tensors, values, description packed / unpacked, section bytes, method
-_HEADER = struct.Struct("<8sHBBIQIIQ48s")
-_CRC = struct.Struct("<I")
-_DIGEST_BYTES = 32
-HEADER_BYTES = 128
-_FRONT = HEADER_BYTES - _DIGEST_BYTES - _CRC.size
-#: a description is some hundred bytes; what claims to unpack to more than this is damaged
-_MAX_DESCRIPTION = 1 << 28
-_AGAIN = "get the file again from where it came from, or save the adapter again"
+#: fields of a record that its description holds, beside the list of full modules
+_ABOUT = {
+    "config": dict, "metadata": dict, "task_type": str, "base_fingerprint": str, "recipe_digest": str,
+    "basis_fingerprint": object, "rounding": list,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,16 +61,27 @@ class Section:
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """How far low-bit values ŵ are from the float32 ones w that they were made of, measured when they were."""
+
+    #: max |w − ŵ|
+    largest: float
+    #: ‖w − ŵ‖ / ‖w‖ over all values
+    relative: float
+
+
+@dataclass(frozen=True)
 class Record:
     """One version of one adapter, as stored."""
 
     #: method name (`lora_xs`), or `peft:` and PEFT's name for a method of PEFT (`peft:LORA`)
     method: str
-    #: type of the values: float32, float16 or bfloat16
+    #: type of the values: float32, float16, bfloat16, int8 or int4
     dtype: str
     #: names, shapes and offsets of the tensors in `values`
     layout: Layout
-    #: all values, flat, in the layout's order; bfloat16 as uint16 (see `floats`); read-only after `decode`
+    #: all values, flat, in the layout's order; bfloat16 as uint16, low-bit ones packed in uint8 (see `floats`);
+    #: read-only after `decode`
     values: np.ndarray
     #: options of the method that differ from its defaults
     config: dict[str, Any] = field(default_factory=dict)
@@ -86,10 +93,12 @@ class Record:
     metadata: dict[str, Any] = field(default_factory=dict)
     #: tensors of full modules (classification heads)
     sections: tuple[Section, ...] = ()
+    #: of low-bit values: what they are off
+    rounding: Rounding | None = None
 
     def floats(self) -> np.ndarray:
         """All values as one flat float32 array."""
-        return to_floats(self.values, self.dtype)
+        return unpacked(self.values, self.dtype, self.layout)
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """(name, float32 array in its shape) for every tensor; views on one array."""
@@ -123,6 +132,8 @@ class Header:
     digest: str
     description: dict[str, Any]
     layout: Layout
+    #: of low-bit values: what they are off
+    rounding: Rounding | None = None
 
 
 def build(
@@ -134,6 +145,8 @@ def build(
     **about: Any,
 ) -> Record:
     """A record of float32 `tensors`, cast to `dtype` and put in canonical (natural) order of their names.
+
+    int8 and int4 are quantized in blocks (`low_bit`), and what they are off is measured and kept.
 
     `about` takes the remaining fields of `Record`: config, task_type, base_fingerprint, basis_fingerprint,
     recipe_digest, metadata.
@@ -151,7 +164,22 @@ def build(
     shapes = tuple(tuple(tensors[name].shape) for name in names)
     parts = [np.ascontiguousarray(tensors[name], dtype=np.float32).reshape(-1) for name in names]
     flat = np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
-    return Record(method, dtype, layout(names, shapes), to_storage(flat, dtype), sections=sections, **about)
+    placed = layout(names, shapes)
+    if dtype not in low_bit.BITS:
+        _check_type(dtype)
+        return Record(method, dtype, placed, to_storage(flat, dtype), sections=sections, **about)
+    stored = low_bit.quantize(flat, placed.blocks, dtype)
+    rounding = _measured(flat, low_bit.dequantize(stored, placed.blocks, dtype))
+    return Record(method, dtype, placed, stored, sections=sections, rounding=rounding, **about)
+
+
+def unpacked(values: np.ndarray, dtype: str, placed: Layout) -> np.ndarray:
+    """Stored `values` of a layout as flat float32."""
+    return (
+        low_bit.dequantize(values, placed.blocks, dtype)
+        if dtype in low_bit.BITS
+        else to_floats(values, dtype)
+    )
 
 
 def encode(record: Record) -> bytes:
@@ -163,19 +191,18 @@ def encode(record: Record) -> bytes:
     """
     _check_numbers(record)
     description = _describe(record)
+    if len(description) > MAX_DESCRIPTION:
+        raise ConfigError(
+            f"config, metadata and names take {len(description)} bytes, at most {MAX_DESCRIPTION} fit"
+        )
     packed = zlib.compress(description, 9)
     sections = b"".join(_padded(np.ascontiguousarray(s.data).tobytes()) for s in record.sections)
-    method = record.method.encode()
-    if not 0 < len(method) <= 48:
-        raise ConfigError(f"the method name {record.method!r} must have 1 to 48 bytes")
-    front = _HEADER.pack(
-        MAGIC, VERSION, _CODES.index(record.dtype), 0, len(record.layout.names), record.values.size,
-        len(packed), len(description), len(sections), method,
+    front = Front(
+        record.dtype, len(record.layout.names), record.layout.size, len(packed), len(description),
+        len(sections), record.method, _blocks(record),
     )  # fmt: skip
     body = _padded(packed) + _padded(record.values.tobytes()) + sections
-    checked = front + bytes(_FRONT - len(front))
-    digest = _digest(checked, body)
-    return b"".join((checked, _CRC.pack(zlib.crc32(checked + digest)), digest, body))
+    return front.sealed(body) + body
 
 
 def decode(data: bytes | memoryview) -> Record:
@@ -185,14 +212,15 @@ def decode(data: bytes | memoryview) -> Record:
         CorruptAdapterError: any damage: not a record, a newer format, cut short, changed bits, numbers that
             are not finite.
     """
-    header = _checked_header(data)
+    header = Front.read_checked(data)
     body = memoryview(data)[HEADER_BYTES:]
     about, tensors, sections = _read_description(body[: header.packed], header)
-    start = _pad(header.packed)
-    values = np.frombuffer(body, VALUE_DTYPES[header.dtype], header.values, start)
+    start = pad(header.packed)
+    kind = VALUE_DTYPES.get(header.dtype, np.dtype(np.uint8))
+    values = np.frombuffer(body, kind, header.value_bytes // kind.itemsize, start)
     record = Record(
         header.method, header.dtype, tensors, values,
-        sections=_read_sections(body[start + _pad(header.value_bytes) :], sections), **about,
+        sections=_read_sections(body[start + pad(header.value_bytes) :], sections), **about,
     )  # fmt: skip
     _check_numbers(record)
     return record
@@ -204,7 +232,7 @@ def digest(data: bytes | memoryview) -> bytes:
     Raises:
         CorruptAdapterError: not a record, or any bit of it changed.
     """
-    return _checked_header(data).digest
+    return Front.read_checked(data).digest
 
 
 def peek(source: bytes | str | Path) -> Header:
@@ -220,8 +248,8 @@ def peek(source: bytes | str | Path) -> Header:
             front = file.read(1 << 14)
             total = Path(source).stat().st_size
             if len(front) >= HEADER_BYTES:
-                front += file.read(max(0, HEADER_BYTES + _read_header(front, total).packed - len(front)))
-    header = _read_header(front, total)
+                front += file.read(max(0, HEADER_BYTES + Front.read(front, total).packed - len(front)))
+    header = Front.read(front, total)
     about, tensors, sections = _read_description(front[HEADER_BYTES : HEADER_BYTES + header.packed], header)
     about["sections"] = sections
     return Header(
@@ -237,68 +265,8 @@ def peek(source: bytes | str | Path) -> Header:
         digest=header.digest.hex(),
         description=about,
         layout=tensors,
+        rounding=about.pop("rounding", None),
     )
-
-
-@dataclass(frozen=True)
-class _Front:
-    version: int
-    dtype: str
-    tensors: int
-    values: int
-    packed: int
-    unpacked: int
-    section_bytes: int
-    method: str
-    digest: bytes
-
-    @property
-    def value_bytes(self) -> int:
-        return self.values * VALUE_DTYPES[self.dtype].itemsize
-
-
-def _checked_header(data: bytes | memoryview) -> _Front:
-    header = _read_header(data)
-    if _digest(data[:_FRONT], memoryview(data)[HEADER_BYTES:]) != header.digest:
-        raise CorruptAdapterError(f"the record is damaged: its check sum does not match; {_AGAIN}")
-    return header
-
-
-def _read_header(data: bytes | memoryview, total: int | None = None) -> _Front:
-    total = len(data) if total is None else total
-    start = bytes(data[:HEADER_BYTES])
-    if start[:8] != MAGIC[: len(start)]:
-        raise CorruptAdapterError(
-            "this is no modicum record, or its first bytes are damaged; "
-            f"for a PEFT folder name the folder, else {_AGAIN}"
-        )
-    if len(start) < HEADER_BYTES:
-        raise CorruptAdapterError(f"the record is cut short: {total} bytes are not even its header; {_AGAIN}")
-    version = int.from_bytes(start[8:10], "little")
-    front, (crc,), digest = start[:_FRONT], _CRC.unpack(start[_FRONT:-_DIGEST_BYTES]), start[-_DIGEST_BYTES:]
-    intact = zlib.crc32(front + digest) == crc
-    if version > VERSION:
-        # a later format may check its header in another way, so this comes before the check sum
-        raise CorruptAdapterError(
-            f"the record has format version {version}, this modicum reads up to {VERSION}: upgrade modicum"
-            + ("" if intact else f", or, as the header's check sum is wrong too, {_AGAIN}")
-        )
-    if not intact:
-        raise CorruptAdapterError(f"the record is damaged: its header does not match its check sum; {_AGAIN}")
-    _, _, code, _, tensors, values, packed, unpacked, section_bytes, method = _HEADER.unpack(
-        front[: _HEADER.size]
-    )
-    if version < 1 or code >= len(VALUE_DTYPES) or unpacked > _MAX_DESCRIPTION:
-        raise CorruptAdapterError(
-            f"the record's header makes no sense (version {version}, type {code}); {_AGAIN}"
-        )
-    name = method.rstrip(b"\0").decode(errors="replace")
-    header = _Front(version, _CODES[code], tensors, values, packed, unpacked, section_bytes, name, digest)
-    wanted = HEADER_BYTES + _pad(packed) + _pad(header.value_bytes) + section_bytes
-    if total != wanted:
-        what = "cut short" if total < wanted else "longer than it says"
-        raise CorruptAdapterError(f"the record is {what}: {total} bytes instead of {wanted}; {_AGAIN}")
-    return header
 
 
 def _describe(record: Record) -> bytes:
@@ -306,6 +274,7 @@ def _describe(record: Record) -> bytes:
         "config": record.config, "task_type": record.task_type, "base_fingerprint": record.base_fingerprint,
         "basis_fingerprint": record.basis_fingerprint, "recipe_digest": record.recipe_digest,
         "metadata": record.metadata, "sections": [[s.name, s.dtype, list(s.shape)] for s in record.sections],
+        "rounding": record.rounding and [record.rounding.largest, record.rounding.relative],
     }  # fmt: skip
     try:
         text = json.dumps(
@@ -317,7 +286,7 @@ def _describe(record: Record) -> bytes:
     return f"{text}\n{to_text(record.layout.names, record.layout.shapes)}".encode()
 
 
-def _read_description(packed: bytes | memoryview, header: _Front) -> tuple[dict[str, Any], Layout, list]:
+def _read_description(packed: bytes | memoryview, header: Front) -> tuple[dict[str, Any], Layout, list]:
     try:
         unpacker = zlib.decompressobj()
         text = unpacker.decompress(packed, header.unpacked + 1).decode()
@@ -325,20 +294,34 @@ def _read_description(packed: bytes | memoryview, header: _Front) -> tuple[dict[
             raise ValueError("its length is wrong")  # noqa: TRY301 - one place words the error
         first, second = text.split("\n", 1)
         about = json.loads(first)
-        sections = [(str(n), str(d), tuple(int(i) for i in s)) for n, d, s in about.pop("sections", [])]
-        known = set(Record.__dataclass_fields__) - {"method", "dtype", "layout", "values", "sections"}
-        unknown = set(about) - known
-        if unknown or any(d not in DTYPES for _, d, _ in sections):
-            raise ValueError(f"it holds {sorted(unknown) or 'types'} that this modicum does not know")  # noqa: TRY301
-    except (zlib.error, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise CorruptAdapterError(f"the record's description cannot be read ({error}); {_AGAIN}") from error
-    tensors = from_text(second)
-    if len(tensors.names) != header.tensors or tensors.size != header.values:
+        sections = [_listed(*one) for one in about.pop("sections", [])]
+        wrong = [name for name, value in about.items() if not isinstance(value, _ABOUT.get(name, ()))]
+        if wrong:
+            raise ValueError(f"it holds {sorted(wrong)} as this modicum does not know it")  # noqa: TRY301
+        if "rounding" in about:
+            about["rounding"] = Rounding(*map(_bound, about["rounding"]))
+    except (zlib.error, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise CorruptAdapterError(f"the record's description cannot be read ({error}); {AGAIN}") from error
+    tensors = from_text(second, header.tensors)
+    blocks = len(tensors.blocks) if header.dtype in low_bit.BITS else 0
+    if (len(tensors.names), tensors.size, blocks) != (header.tensors, header.values, header.blocks):
         raise CorruptAdapterError(
             f"the record lists {len(tensors.names)} tensors with {tensors.size} values, its header says "
-            f"{header.tensors} with {header.values}; {_AGAIN}"
+            f"{header.tensors} with {header.values}; {AGAIN}"
         )
     return about, tensors, sections
+
+
+def _listed(name: str, dtype: str, shape: list[int]) -> tuple[str, str, tuple[int, ...]]:
+    if not isinstance(name, str) or dtype not in DTYPES or any(type(i) is not int or i < 0 for i in shape):
+        raise ValueError(f"the full module {name!r} is no tensor that this modicum knows")
+    return name, dtype, tuple(shape)
+
+
+def _bound(value: float) -> float:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"a bound of {value}")
+    return float(value)
 
 
 def _read_sections(body: memoryview, listed: list) -> tuple[Section, ...]:
@@ -347,19 +330,38 @@ def _read_sections(body: memoryview, listed: list) -> tuple[Section, ...]:
         count = math.prod(shape)
         size = count * DTYPES[dtype].itemsize
         if start + size > len(body):
-            raise CorruptAdapterError(
-                f"the full module {name!r} reaches past the end of the record; {_AGAIN}"
-            )
+            raise CorruptAdapterError(f"the full module {name!r} reaches past the end of the record; {AGAIN}")
         sections.append(Section(name, dtype, shape, np.frombuffer(body, DTYPES[dtype], count, start)))
-        start += _pad(size)
+        start += pad(size)
+    if start != len(body):
+        raise CorruptAdapterError(
+            f"the record holds {len(body) - start} bytes that nothing accounts for; {AGAIN}"
+        )
     return tuple(sections)
 
 
+def _measured(exact: np.ndarray, rounded: np.ndarray) -> Rounding:
+    wide = exact.astype(np.float64)
+    off, norm = wide - rounded, float(np.linalg.norm(wide))
+    relative = float(np.linalg.norm(off)) / norm if norm else 0.0
+    return Rounding(float(np.abs(off).max(initial=0.0)), relative)
+
+
+def _blocks(record: Record) -> int:
+    return len(record.layout.blocks) if record.dtype in low_bit.BITS else 0
+
+
+def _check_type(dtype: str) -> None:
+    if dtype not in TYPES:
+        raise ConfigError(f"values cannot be stored as {dtype!r}, only as {', '.join(TYPES)}")
+
+
 def _check_numbers(record: Record) -> None:
+    _check_type(record.dtype)
     faults = []
-    if record.dtype not in VALUE_DTYPES:
-        raise ConfigError(f"values cannot be stored as {record.dtype!r}, only as {', '.join(VALUE_DTYPES)}")
-    if record.values.dtype != VALUE_DTYPES[record.dtype] or record.values.shape != (record.layout.size,):
+    if record.dtype in low_bit.BITS:
+        faults += _faults_of_low_bit(record)
+    elif record.values.dtype != VALUE_DTYPES[record.dtype] or record.values.shape != (record.layout.size,):
         kind, size = record.values.dtype, record.layout.size
         faults.append(f"{record.values.shape} values of {kind} for {size} of {record.dtype}")
     elif not finite(record.values, record.dtype):
@@ -383,15 +385,13 @@ def _check_numbers(record: Record) -> None:
         )
 
 
-def _digest(front: bytes | memoryview, body: bytes | memoryview) -> bytes:
-    digest = hashlib.blake2b(front, digest_size=_DIGEST_BYTES)
-    digest.update(body)
-    return digest.digest()
-
-
-def _pad(size: int) -> int:
-    return -(-size // 8) * 8
+def _faults_of_low_bit(record: Record) -> list[str]:
+    blocks = record.layout.blocks
+    size = low_bit.packed_bytes(record.layout.size, len(blocks), record.dtype)
+    if record.values.dtype != np.uint8 or record.values.shape != (size,):
+        return [f"{record.values.shape} values of {record.values.dtype} for {size} bytes of {record.dtype}"]
+    return [] if low_bit.finite(record.values, blocks, record.dtype) else ["NaN or infinite scales"]
 
 
 def _padded(data: bytes) -> bytes:
-    return data + bytes(_pad(len(data)) - len(data))
+    return data + bytes(pad(len(data)) - len(data))

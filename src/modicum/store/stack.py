@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from modicum.errors import ConfigError, listing
+from modicum.store import low_bit
 from modicum.store.numbers import to_floats
 
 if TYPE_CHECKING:
@@ -28,19 +29,33 @@ class Stack:
     method: str
     dtype: str
     layout: Layout
-    #: (rows, layout.size) as stored, bfloat16 as uint16
+    #: (rows, layout.size) as stored, bfloat16 as uint16; of low-bit records (rows, bytes), packed
     values: np.ndarray
 
     def floats(self) -> np.ndarray:
         """All values, (rows, layout.size) float32."""
-        return to_floats(self.values, self.dtype)
+        if self.dtype not in low_bit.BITS:
+            return to_floats(self.values, self.dtype)
+        found = np.empty((len(self.values), self.layout.size), np.float32)
+        for row, packed in zip(found, self.values, strict=True):
+            row[:] = low_bit.dequantize(packed, self.layout.blocks, self.dtype)
+        return found
 
-    def tensor(self) -> torch.Tensor:
-        """All values, (rows, layout.size) in the type they are stored in; shares the memory of `values`."""
+    def tensor(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """All values, (rows, layout.size) in `dtype`.
+
+        Without one, in the type they are stored in, sharing the memory of `values`; low-bit ones in float32.
+        """
         import torch
 
+        if self.dtype in low_bit.BITS:
+            found = torch.empty((len(self.values), self.layout.size), dtype=dtype or torch.float32)
+            for row, packed in zip(found, self.values, strict=True):
+                row.copy_(torch.from_numpy(low_bit.dequantize(packed, self.layout.blocks, self.dtype)))
+            return found
         found = torch.from_numpy(self.values)
-        return found.view(torch.bfloat16) if self.dtype == "bfloat16" else found
+        found = found.view(torch.bfloat16) if self.dtype == "bfloat16" else found
+        return found if dtype is None else found.to(dtype)
 
 
 def stack(versions: Sequence[str], records: Sequence[Record]) -> Stack:
@@ -64,7 +79,7 @@ def stack(versions: Sequence[str], records: Sequence[Record]) -> Stack:
             f"only adapters of one kind can be stacked. {versions[0]} is {first.method}, {first.dtype}, "
             f"{len(first.layout.names)} tensors; different are {listing(other)}"
         )
-    values = np.empty((len(records), first.layout.size), first.values.dtype)
+    values = np.empty((len(records), first.values.size), first.values.dtype)
     for row, record in zip(values, records, strict=True):
         row[:] = record.values
     return Stack(tuple(versions), first.method, first.dtype, first.layout, values)
