@@ -146,6 +146,11 @@ def test_a_batch_is_kept_as_a_whole_or_not_at_all(store):
     with pytest.raises(NotStoredError, match="'nobody'"):
         store.put_many(items, batch=3, progress=safe.append)
     assert safe == [3, 6]
+    # what was written for the batch that was refused is gone from the disk too
+    segments = store._backend.connection().execute("SELECT id, size FROM segments")
+    assert dict(segments) == {
+        n: store._backend.segments.path(n).stat().st_size for n in store._backend.segments.numbers()
+    }
     assert [v.name for v in store.ls()] == [f"user{n}" for n in range(6)]
     assert store.put_many(iter([Put("user0", record(1)), Put("user0", record(2))])) == [2, 3]
     assert store.verify().faults == ()
@@ -361,8 +366,10 @@ from modicum.store import Store
 from tests.store.small_records import record
 store = Store({str(tmp_path / "store")!r})
 store.put("ada", record(0))
+parents = store._backend.connection()
 child = os.fork()
 if not child:
+    assert store._backend.connection() is not parents
     store.put("child", record(1))
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0

@@ -42,7 +42,7 @@ def python():
 
 def finished(process):
     # not communicate(): what readline() has read ahead would be lost
-    assert process.wait(timeout=60) == 0, process.stderr.read()
+    assert process.wait(timeout=120) == 0, process.stderr.read()
     return process.stdout.read()
 
 
@@ -200,6 +200,20 @@ def test_a_truncated_segment(filled, tmp_path, cut):
         assert "new" not in {version.name for version in store.ls()}
 
 
+def test_places_that_were_swapped(filled, tmp_path):
+    folder = copied(filled, tmp_path / "store")
+    with Store(folder) as store:
+        db = store._backend.connection()
+        places = db.execute(
+            "SELECT segment, start, id FROM objects WHERE id IN (4, 5) ORDER BY id"
+        ).fetchall()
+        for (segment, start, _), (*_, other) in zip(places, reversed(places), strict=True):
+            db.execute("UPDATE objects SET segment = ?, start = ? WHERE id = ?", (segment, start, other))
+        with pytest.raises(CorruptAdapterError, match="another record"):
+            store.get("u3")
+        assert len(store.verify().faults) >= 2
+
+
 def test_a_missing_segment(filled, tmp_path):
     folder = copied(filled, tmp_path / "store")
     (folder / "segments" / "00000001.seg").unlink()
@@ -269,7 +283,7 @@ def test_writers_and_readers_during_compactions(python, tmp_path):
         from tests.store.small_records import record
         store, expected, reads = Store(sys.argv[1]), {n: record(n) for n in range(60)}, 0
         print("ready", flush=True)
-        while not (reads > 300 and store.ls("end")):
+        while not (reads > 100 and store.ls("end")):
             for n in range(0, 60, 7):
                 assert store.get(f"u{n}@1") == expected[n]
                 reads += 1
@@ -285,7 +299,7 @@ def test_writers_and_readers_during_compactions(python, tmp_path):
         from tests.store.small_records import record
         store = Store(sys.argv[1])
         print("ready", flush=True)
-        for n in range(60):
+        for n in range(25):
             store.put("moving", record(1000 + int(sys.argv[2]) * 100 + n))
         print("written")
     """
@@ -303,9 +317,9 @@ def test_writers_and_readers_during_compactions(python, tmp_path):
             assert finished(process) == "written\n"
         store.put("end", record(0))
         for process in readers:
-            assert int(finished(process)) > 300
-        assert gone > 3
-        assert store.show("moving").version == 120
+            assert int(finished(process)) > 100
+        assert gone > 1
+        assert store.show("moving").version == 50
         assert store.verify().faults == ()
     # no file that has been compacted away is left
     assert len(list((tmp_path / "store" / "segments").iterdir())) < 30
