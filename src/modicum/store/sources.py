@@ -13,13 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from modicum.errors import ConfigError, CorruptAdapterError, did_you_mean
-from modicum.store.record import MAGIC, SUFFIX, Record, build, decode
+from modicum.store.record import MAGIC, SUFFIX, Record, decode
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
-
-    from torch import Tensor
 
 Kind = Literal["record", "folder", "run"]
 _CONFIG = "adapter_config.json"
@@ -68,63 +65,19 @@ def read_source(path: str | os.PathLike, *, dtype: str = "auto") -> Found:
         data = source.read_bytes()
         decode(data)
         return Found(source, "record", data)
+    if kind is None:
+        raise ConfigError(f"nothing to put at {source}: {_looked_for(source)}")
+    from modicum.store.folders import record_of_folder
+
     if kind == "folder":
         return Found(source, "folder", record_of_folder(source, dtype))
-    if kind == "run":
-        return _run(source, dtype)
-    raise ConfigError(f"nothing to put at {source}: {_looked_for(source)}")
-
-
-def record_of_folder(folder: str | os.PathLike, dtype: str = "auto") -> Record:
-    """The adapter of a PEFT folder as a record, without its base model.
-
-    Raises:
-        ConfigError: no adapter, one that has to be taken over first, or an unknown `dtype`.
-        CorruptAdapterError: it is damaged, or holds numbers that are not finite.
-    """
-    import torch
-    from peft import PeftConfig
-
-    from modicum.store.files import find_weights, read_weights
-    from modicum.store.state import config_options, method_name, section_of, short_name
-
-    source = Path(folder)
-    weights = find_weights(source)
-    try:
-        config = PeftConfig.from_pretrained(str(source))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptAdapterError(f"{source / _CONFIG} cannot be read ({error!r}); get it again") from error
-    read = read_weights(weights)
-    if any("lora_latent_mapping" in key for key in read):
-        raise ConfigError(
-            f"{source} is a LoRA-XS checkpoint of the published code: take it over first with "
-            f"`modicum import {source} --model MODEL --output FILE`"
-        )
-    tensors = {short_name(key, config): value for key, value in read.items()}
-    full = _full_modules(tensors, getattr(config, "modules_to_save", None))
-    numbers = {name: value for name, value in tensors.items() if name not in full}
-    if dtype == "auto":
-        dtypes = {value.dtype for value in numbers.values()}
-        narrow = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-        dtype = narrow.get(dtypes.pop(), "float32") if len(dtypes) == 1 else "float32"
-    return build(
-        method_name(config),
-        {name: value.float().numpy() for name, value in numbers.items()},
-        dtype,
-        sections=tuple(section_of(name, tensors[name]) for name in sorted(full)),
-        config=config_options(config),
-        task_type=getattr(config.task_type, "value", config.task_type),
-        base_fingerprint=getattr(config, "base_fingerprint", None),
-        basis_fingerprint=getattr(config, "basis_fingerprint", None),
-    )
-
-
-def _full_modules(tensors: Mapping[str, Tensor], saved: Any) -> set[str]:
-    return {name for name in tensors for module in saved or () if f".{module}." in f".{name}"}
+    return _run(source, dtype)
 
 
 def _run(folder: Path, dtype: str) -> Found:
     """The adapter of a run or of a pipeline, with what its reports say."""
+    from modicum.store.folders import record_of_folder
+
     pipeline = folder / _PIPELINE
     run = folder / _TUNED if pipeline.is_file() else folder
     chosen = folder / _CHOSEN

@@ -75,7 +75,7 @@ class _Catalogue:
 def push(store: Store, url: str, *, progress: Callable[[int, int], None] | None = None) -> Pushed:
     """What was done so that the place `url` holds what `store` does at this moment.
 
-    `progress(done, all)` counts records that travel. One sync to a place at a time.
+    `progress(n, all)` is told of every n records more that are there. One sync to a place at a time.
 
     Raises:
         ConfigError: another store is kept there. ConflictError: somebody else synchronized meanwhile.
@@ -168,13 +168,13 @@ def _send(
     size = 0
 
     def write() -> None:
-        name, start = place.put_pack(b"".join(data for _, data in parts)), 0
+        name, start, count = place.put_pack(b"".join(data for _, data in parts)), 0, len(parts)
         for digest, data in parts:
             sent[digest] = (name, start, len(data))
             start += len(data)
         parts.clear()
         if progress is not None:
-            progress(len(sent), len(todo))
+            progress(count, len(todo))
 
     for digest, version in todo.items():
         data = frozen.get_bytes(version)

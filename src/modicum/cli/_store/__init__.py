@@ -1,0 +1,1 @@
+"""The commands of `modicum store`, by topic."""
