@@ -272,7 +272,7 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=10_240)
     parser.add_argument("--singles", type=int, default=500, help="records put with a commit each")
     parser.add_argument("--reads", type=int, default=5000)
-    parser.add_argument("--baseline", type=int, default=10_000, help="records of the arms beside the store")
+    parser.add_argument("--baseline", type=int, default=50_000, help="records of the arms beside the store")
     parser.add_argument("--folder", type=Path, help="where the stores are made; a temporary folder otherwise")
     given = parser.parse_args()
     torch.set_num_threads(1)

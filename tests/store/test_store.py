@@ -195,6 +195,8 @@ def test_numbers_beyond_all_versions(store):
 def test_a_record_whose_words_are_none(store):
     for about in ({"task_type": 3}, {"base_fingerprint": ["a"]}, {"task_type": "\ud800"}):
         with pytest.raises(CorruptAdapterError, match="should have a word"):
+            store.put("ada", record(**about))
+        with pytest.raises(CorruptAdapterError):
             store.put("ada", encode(record(**about)))
 
 

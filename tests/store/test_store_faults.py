@@ -84,6 +84,23 @@ def check_full(said, folder):
         assert store.verify().faults == ()
 
 
+def test_an_index_that_cannot_grow(tmp_path):
+    with Store(tmp_path / "store", create=True) as store:
+        store.put("ada", record(0))
+        db = store._backend.connection()
+        (pages,) = db.execute("PRAGMA page_count").fetchone()
+        db.execute(f"PRAGMA max_page_count = {pages}").fetchall()
+        safe = []
+        with pytest.raises(StoreError, match="no room"):
+            store.put_many([(f"u{n}", record(n)) for n in range(500)], batch=10, progress=safe.append)
+        assert not db.in_transaction
+        assert store.stats().names == 1 + max(safe, default=0)
+        db.execute("PRAGMA max_page_count = 100000").fetchall()
+        store.put_many([(f"v{n}", record(n)) for n in range(100)])
+        assert store.get("v99") == record(99)
+        assert store.verify().faults == ()
+
+
 def test_a_limit_on_file_sizes(python, tmp_path):
     Store(tmp_path / "store", create=True).close()
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))"

@@ -60,7 +60,7 @@ class Embedded:
         self._mine, self._closed = threading.local(), False
         self._all: weakref.WeakSet[_Connection] = weakref.WeakSet()
         if not (folder / INDEX).is_file():
-            raise StoreError(f"no store in {folder}: name its folder, or make one with create=True")
+            raise StoreError(f"no store in {folder}: name its folder, or make one with create=True (`modicum store init`)")
         with self.said():
             settings: dict[str, Any] = dict(self.connection().execute("SELECT key, value FROM settings"))
             found = settings.get("format")
@@ -106,11 +106,13 @@ class Embedded:
                 db = stack.enter_context(contextlib.closing(connect(self.folder / INDEX, self.timeout)))
             else:
                 db = self.connection()
-            db.execute("BEGIN")
+            inside = db.in_transaction  # of another view of this thread, whose moment is this one's too
             try:
+                if not inside:
+                    db.execute("BEGIN")
                 yield View(db, self.segments, self._hold(db) if pinned else {})
             finally:
-                if db.in_transaction:
+                if db.in_transaction and not inside:
                     db.execute("ROLLBACK")
 
     def _hold(self, db: sqlite3.Connection) -> dict[int, Segment]:
@@ -133,20 +135,21 @@ class Embedded:
     def change(self) -> Iterator[EmbeddedChange]:
         """The one change of this moment; acknowledged when the block ends without an error."""
         db = self.connection()
-        db.execute("BEGIN IMMEDIATE")
+        if db.in_transaction:
+            raise StoreError(f"{self.location}: a change cannot begin inside of another one, or of a read")
         change = EmbeddedChange(db, self.segments, self.segment_bytes)
+        committing = False
         try:
+            db.execute("BEGIN IMMEDIATE")
             yield change
-        except BaseException:
-            change.undo()  # while the lock is held: the next writer appends there
-            if db.in_transaction:  # SQLite itself has rolled back if the disk is full
-                db.execute("ROLLBACK")
-            raise
-        try:
+            committing = True
             db.execute("COMMIT")
         except BaseException:
-            # what was written behind the end of the segment is left to the next writer
+            # on a full disk SQLite may have rolled back by itself. The lock is gone then, the next writer may be
+            # writing where this one did, and cuts off what it finds; so it does after a failed commit
             if db.in_transaction:
+                if not committing:
+                    change.undo()
                 db.execute("ROLLBACK")
             raise
 
@@ -232,6 +235,11 @@ def _advice(error: Exception, location: str, timeout: float) -> str:
         return (
             f"{location} cannot be read or written ({error}): nothing of this change was kept; look at the disk, and "
             "at the limits on room and file sizes"
+        )
+    if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
+        return (
+            f"{location} cannot be opened or changed ({error}): look at the permissions of the folder and its files, "
+            "which readers have to write to as well (index.sqlite-shm)"
         )
     return f"{location} {_DAMAGED} ({error})" if code else f"{location}: {error}"
 
