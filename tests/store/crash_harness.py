@@ -12,6 +12,7 @@ import copy
 import functools
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -80,9 +81,10 @@ def act(store: Store, change: list) -> None:
         store.gc(0.0)
 
 
-def work(folder: Path, pipe: int, seed: int, model: dict) -> None:
+def work(folder: Path, pipe: int, seed: int, model: dict, changes: float = math.inf) -> None:
     rng, store = random.Random(seed), Store(folder, actor="worker")
-    while True:
+    while changes > 0:
+        changes -= 1
         change = draw(rng, model)
         os.write(pipe, json.dumps(["begin", change]).encode() + b"\n")
         act(store, change)

@@ -58,6 +58,21 @@ def test_killed_at_any_moment(tmp_path, rounds, seed):
     assert found["acknowledged"] > rounds
 
 
+@pytest.mark.parametrize(
+    ("changes", "cuts", "seed"),
+    [(20, 60, 1), pytest.param(60, 500, 2, marks=pytest.mark.slow)],
+    ids=["some", "hundreds"],
+)
+def test_the_power_goes_off_at_any_moment(tmp_path, changes, cuts, seed):
+    strace = shutil.which("strace")
+    if strace is None or subprocess.run([strace, "-o", tmp_path / "none", "true"], check=False).returncode:
+        pytest.skip("needs strace, to see what was written and what was flushed")
+    command = [sys.executable, HERE / "power_cut.py", tmp_path / "store", str(changes), str(cuts), str(seed)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["cuts"] == cuts
+
+
 _FILL = """
     import sys
     from modicum.errors import StoreError
