@@ -164,7 +164,7 @@ def _check(disk: Path, seeds: dict[str, int], model: dict, under_way: list | Non
             if store.verify().faults:
                 store.gc()  # an erasure may be owed
             fault = store.verify().faults
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is what the cut has done
         fault = f"{type(error).__name__}: {error}"
     if fault or now not in (harness.shown(model), after):
         raise SystemExit(f"{where}: {fault or now} instead of {harness.shown(model)}, under way {under_way}")
