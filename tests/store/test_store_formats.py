@@ -30,7 +30,13 @@ def test_a_store_of_this_format(name, tmp_path):
         assert (first.metrics, first.tags, first.note, first.seed) == ({"acc": 0.5}, ("x",), "first", 7)
         assert (first.aliases, first.data_digest, first.actor) == (("production",), "d1", "maker")
         assert store.show("ada@2").parent == "ada@1"
-        assert [entry.action for entry in store.log(after=14)] == ["put", "purge", "erased", "remove", "rollback"]
+        assert [entry.action for entry in store.log(after=14)] == [
+            "put",
+            "purge",
+            "erased",
+            "remove",
+            "rollback",
+        ]
         # and it goes on
         assert store.put("ada", record(4, r=4), parent="ada@3").version == 4
         assert store.gc(0.0).segments > 0
