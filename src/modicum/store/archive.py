@@ -21,11 +21,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from modicum.errors import ConfigError, CorruptAdapterError
+from modicum.errors import ConfigError, CorruptAdapterError, ModicumError
 from modicum.store.atomic import new_file
 from modicum.store.carried import Carried, TakenIn, take_in
-from modicum.store.objects import stated_digest
-from modicum.store.record import decode
+from modicum.store.catalogue.publish import Put, prepare
 
 if TYPE_CHECKING:
     import os
@@ -233,10 +232,10 @@ def _read(path: Path, stream: IO[bytes], size: int) -> Archive:
 
 def _check_record(one: Carried, data: bytes) -> None:
     try:
-        decode(data)
-    except CorruptAdapterError as error:
+        stated = prepare(Put(one.name, data)).payload.digest.hex()
+    except ModicumError as error:
         raise CorruptAdapterError(f"{one}: {error}") from error
-    if stated_digest(data).hex() != one.digest:
+    if stated != one.digest:
         raise CorruptAdapterError(f"{one}: its record has another digest than it says")
 
 

@@ -47,6 +47,8 @@ def record_of_folder(folder: str | os.PathLike, dtype: str = "auto") -> Record:
         raise CorruptAdapterError(
             f"{source / CONFIG_FILE} cannot be read ({error!r}); get it again"
         ) from error
+    if config.peft_type is None:
+        raise CorruptAdapterError(f"{source / CONFIG_FILE} names no method (peft_type); get it again")
     read = read_weights(weights)
     if any("lora_latent_mapping" in key for key in read):
         raise ConfigError(
