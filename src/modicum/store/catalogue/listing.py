@@ -41,23 +41,26 @@ class Filter:
     #: only the newest version of every name
     newest: bool = False
 
-    def where(self) -> tuple[str, list[Any]]:
-        """The conditions as SQL, and their values."""
-        found = [("n.name IS NOT NULL", []), *self._names(), *self._labels(), *self._times()]
+    def where(self, after: str = "") -> tuple[str, list[Any]]:
+        """The conditions as SQL, and their values, for names from `after` on."""
+        found = [*self._names(after), *self._labels(), *self._times()]
         if self.newest:
             found.append(("v.version = (SELECT max(w.version) FROM versions w WHERE w.name = v.name)", []))
         return " AND ".join(said for said, _ in found), [value for _, values in found for value in values]
 
-    def _names(self) -> Iterator[tuple[str, list[Any]]]:
-        # the part before the first wild card lets the index of names do most of the work
+    def _names(self, after: str) -> Iterator[tuple[str, list[Any]]]:
+        # one lower limit, and the part before the first wild card as both: the index of names then does most of the
+        # work. A purged name is NULL, and above nothing
         start = self.name or ""
         fixed = start[: min((start.find(c) for c in _WILD if c in start), default=len(start))]
+        yield "n.name >= ?", [max(after, fixed)]
         if self.name is not None and fixed == self.name:
             yield "n.name = ?", [self.name]
         elif fixed:
-            yield "n.name >= ? AND n.name < ?", [fixed, fixed[:-1] + chr(ord(fixed[-1]) + 1)]
+            yield "n.name < ?", [fixed[:-1] + chr(ord(fixed[-1]) + 1)]
 
     def _labels(self) -> Iterator[tuple[str, list[Any]]]:
+        # asked of each version in turn: a page then ends with its last version, however many others have the label
         labelled = "EXISTS (SELECT 1 FROM {} x WHERE x.name = v.name AND x.version = v.version AND x.{} = ?"
         for table, column, value in (("aliases", "alias", self.alias), ("tags", "tag", self.tag)):
             if value is not None:
@@ -104,12 +107,9 @@ def page(
     view: Snapshot, wanted: Filter, after: tuple[str, int], size: int
 ) -> tuple[list[Found], tuple[str, int] | None]:
     """Up to `size` versions by name and version behind `after`, and where the next page begins (None: nowhere)."""
-    where, values = wanted.where()
-    query = (
-        f"{_COLUMNS} WHERE {where} AND (n.name > ? OR (n.name = ? AND v.version > ?)) "
-        "ORDER BY n.name, v.version LIMIT ?"
-    )
-    rows = [Found(*row) for row in view.rows(query, *values, after[0], *after, size)]
+    where, values = wanted.where(after[0])
+    query = f"{_COLUMNS} WHERE {where} AND (n.name > ? OR v.version > ?) ORDER BY n.name, v.version LIMIT ?"
+    rows = [Found(*row) for row in view.rows(query, *values, *after, size)]
     following = (rows[-1].name, rows[-1].version) if len(rows) == size else None
     return [found for found in rows if wanted.matches(found.name)], following
 
