@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 from tests.cli.adapter_files import run
+from tests.store.small_records import record
 
+from modicum.store import Store
+from modicum.store.record import encode, peek
 from modicum.train import demo
 from modicum.train.demo import METHODS, DemoResult, FormResult, MethodResult, demo_recipe
 from modicum.train.recipe import load_recipe
@@ -50,6 +53,27 @@ def test_the_tables(result, capsys):
     ):
         assert words in shown.out
     assert run(capsys, "demo", "--json").json["methods"][0]["peak_bytes"] == 800 << 20
+
+
+def test_the_store_at_the_end(result, capsys, tmp_path):
+    lines = [dataclasses.replace(method, after={"value": 0.25}) for method in RESULT.methods]
+    for line in lines:
+        file = tmp_path / line.method / demo.RECORD
+        file.parent.mkdir()
+        file.write_bytes(encode(record(len(line.method))))
+    result["result"] = dataclasses.replace(RESULT, stored=demo._store(tmp_path, lines))
+    shown = run(capsys, "demo").out
+    for words in (
+        "demo/lora_xs@1",
+        "demo/vera@1",
+        "production",
+        "25.0%",
+        peek(encode(record(4))).digest[:12],
+    ):
+        assert words in shown
+    with Store(tmp_path / demo.STORE) as store:
+        assert store.show("demo/lora_xs@production").metrics == {"exact_match": 0.25, "loss": 0.5}
+        assert store.verify().ok
 
 
 def test_answers_that_differ_are_an_error(result, capsys):

@@ -32,6 +32,7 @@ def test_demo(tmp_path):
     assert result.forms[0].max_logit_difference == result.forms[1].max_logit_difference == 0.0
     assert set(result.example) == {"prompt", "wanted", "before", "after"}
     assert len(told) == 2
+    assert [str(one) for one in result.stored] == ["demo/lora_xs@1"]
     loaded = load_adapter(load_base("embedded", dtype="float32"), tmp_path / "lora_xs" / "adapter.modicum")
     assert loaded.peft_config["default"].r == 32
 

@@ -23,7 +23,8 @@ def run(
     """Fine-tune the base model inside modicum with LoRA-XS, LoRA and VeRA, and compare them.
 
     Then saves the LoRA-XS adapter, loads it in a new process, merges it, exports it to a standard LoRA, and
-    checks that all four forms give the same answers on held-out rows. Needs no network and no GPU.
+    checks that all four forms give the same answers on held-out rows. All adapters end in a store. Needs no network
+    and no GPU.
     """
     from modicum.errors import ConfigError
     from modicum.train.demo import run_demo
@@ -86,8 +87,24 @@ def _show(result: "DemoResult") -> list[Any]:
             forms,
         ),
         note,
+        *([_stored(result.stored)] if result.stored else []),
         *(f"  {key}: {' '.join(text.split())}" for key, text in result.example.items()),
     ]
+
+
+def _stored(versions: Any) -> Any:
+    rows = [
+        [
+            str(one),
+            f"{one.bytes:,}",
+            ", ".join(one.aliases),
+            f"{one.metrics['exact_match']:.1%}",
+            one.digest[:12],
+        ]
+        for one in versions
+    ]
+    title = "What the store holds (modicum store --help)"
+    return table(title, ["version", "bytes", "alias", "exactly right", "digest"], rows)
 
 
 def _share(measure: dict[str, Any]) -> str:

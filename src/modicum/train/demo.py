@@ -1,4 +1,4 @@
-"""The demo: three methods on the bundled task, then one adapter in four forms that must answer alike.
+"""The demo: three methods on the bundled task, then one adapter in four forms that must answer alike, then a store.
 
 Every method trains in a process of its own, so that its peak memory is its own: the figure is the resident
 memory of the whole process, Python and torch included. The recipes are those of `recipes/demo_*.yaml`.
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from modicum.store.catalogue.lookup import Version
+
 TASK = "notes"
 #: what the recipes share; batches are small because the model is
 _COMMON: dict[str, Any] = {
@@ -40,8 +42,12 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
     # VeRA's projections follow from its seed; saving them would be the whole file
     "vera": ({"r": 256, "save_projection": False}, 1e-1),
 }
+#: the file of a trained adapter, in the folder of its method
+RECORD = "adapter.modicum"
 #: the method whose adapter is reloaded, merged and exported
 CHECKED = "lora_xs"
+#: the store that all adapters end in, below the folder of the demo
+STORE = "store"
 FORMS = ("in memory", "reloaded", "merged", "exported to LoRA")
 
 
@@ -95,6 +101,8 @@ class DemoResult:
     threads: int
     #: a held-out prompt, the wanted text, and what was answered before and after
     example: dict[str, str] = field(default_factory=dict)
+    #: what the store holds at the end
+    stored: tuple[Version, ...] = ()
 
 
 def demo_recipe(method: str, *, quick: bool = False) -> Recipe:
@@ -117,7 +125,7 @@ def run_demo(
     quick: bool = False,
     tell: Callable[[str], None] = lambda _: None,
 ) -> DemoResult:
-    """Train, measure, save, reload, merge and export; everything stays in `folder`.
+    """Train, measure, save, reload, merge, export, and store; everything stays in `folder`.
 
     `methods` has to hold `CHECKED`, whose adapter is taken through all forms.
 
@@ -149,6 +157,7 @@ def run_demo(
         seconds=time.perf_counter() - began,
         threads=trained[CHECKED]["threads"],
         example={**reloaded["example"], "after": forms_texts(folder / CHECKED, FORMS[0])[0]},
+        stored=_store(folder, lines),
     )
 
 
@@ -177,6 +186,19 @@ def _compare(folder: Path, found: dict[str, dict[str, Any]]) -> tuple[FormResult
         )
         for form in FORMS
     )
+
+
+def _store(folder: Path, methods: Sequence[MethodResult]) -> tuple[Version, ...]:
+    """What a store holds once every adapter is put into it, `CHECKED` as the one in production."""
+    from modicum.store import Store, read_source
+
+    with Store(folder / STORE, create=True) as store:
+        for one in methods:
+            metrics = {"exact_match": one.after["value"], "loss": one.loss}
+            record = read_source(folder / one.method / RECORD).record
+            store.put(f"demo/{one.method}", record, metrics=metrics, tags=[TASK])
+        store.promote(f"demo/{CHECKED}")
+        return tuple(store.ls())
 
 
 def _work(job: str, folder: Path, *, recipe: Recipe) -> dict[str, Any]:

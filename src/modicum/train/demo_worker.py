@@ -23,13 +23,12 @@ from modicum.models.loading import load_base, load_tokenizer, quiet_transformers
 from modicum.store.files import load_adapter, save_adapter, to_record
 from modicum.store.lora_export import export_lora
 from modicum.store.record import encode
-from modicum.train.demo import FORMS, slug
+from modicum.train.demo import FORMS, RECORD, slug
 from modicum.train.recipe import Recipe, make_recipe
 
 if TYPE_CHECKING:
     from modicum.data.encoded import Encoded
 
-RECORD = "adapter.modicum"
 #: rows whose logits are compared; the texts of all rows are
 _LOGIT_ROWS = 32
 _BATCH = 50
