@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from modicum.store import Store
 
 StoreOption = Annotated[
-    str, typer.Option("--store", "-s", envvar="MODICUM_STORE", help="The folder of the store.")
+    str,
+    typer.Option(
+        "--store",
+        "-s",
+        envvar="MODICUM_STORE",
+        help="The store: its folder, or postgresql://USER@HOST/DATABASE?objects=URL.",
+    ),
 ]
 ActorOption = Annotated[
     str | None,
@@ -32,7 +38,7 @@ ExpectedOption = Annotated[
 DtypeOption = Annotated[
     str,
     typer.Option(
-        help="Type of numbers that come from folders: auto (as they are), bfloat16, float16, float32."
+        help="Type of numbers that come from folders: auto (as they are), bfloat16, float16, float32, int8 or int4."
     ),
 ]
 CreateFlag = Annotated[bool, typer.Option("--create", help="Make the store if there is none.")]

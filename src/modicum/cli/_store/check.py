@@ -1,5 +1,6 @@
 """Whether a store is whole, its space, and copies of it."""
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -7,7 +8,7 @@ import typer
 
 from modicum.cli._common import Advance, JsonFlag, emit, progress, size, table
 from modicum.cli._store._shared import ActorOption, StoreOption, done, opened, plain, rows
-from modicum.errors import ConfigError
+from modicum.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
     from modicum.store.catalogue.audit import Head
@@ -30,7 +31,9 @@ def verify(
     from modicum.store import missing_bases
 
     with opened(store) as found:
-        total = found.stats(largest=0).kept_bytes
+        total = None
+        with contextlib.suppress(StoreError):  # what is wrong is said below
+            total = found.stats(largest=0).kept_bytes
         with progress("checked bytes", total if records else None) as advance:
             checked = found.verify(records=records, expected=_head(head), progress=_steps(advance))
         bases = missing_bases(found) if checked.ok else []
