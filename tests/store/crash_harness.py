@@ -1,6 +1,6 @@
 """Kills real processes at random moments while they change a store, and compares the store with what they said.
 
-    python crash_harness.py FOLDER ROUNDS SEED
+    python crash_harness.py LOCATION ROUNDS SEED
 
 The worker announces every change before it begins and acknowledges it when it has returned. After each kill the
 store must be what was acknowledged, or that and the one change that was under way, as a whole.
@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.store import small_records
 
 from modicum.store import Put, Store
+from modicum.store.record import encode, peek
 
 NAMES = [f"users/{n}" for n in range(5)]
 #: bytes of a segment, small enough that rounds meet many
@@ -81,7 +82,7 @@ def act(store: Store, change: list) -> None:
         store.gc(0.0)
 
 
-def work(folder: Path, pipe: int, seed: int, model: dict, changes: float = math.inf) -> None:
+def work(folder: Path | str, pipe: int, seed: int, model: dict, changes: float = math.inf) -> None:
     rng, store = random.Random(seed), Store(folder, actor="worker")
     while changes > 0:
         changes -= 1
@@ -92,10 +93,12 @@ def work(folder: Path, pipe: int, seed: int, model: dict, changes: float = math.
         model = applied(model, change)
 
 
-def found(folder: Path, seeds: dict[str, int]) -> dict:
+def found(folder: Path | str, seeds: dict[str, int]) -> dict:
     """The model that the store shows, every record read and compared."""
     model: dict = {}
     with Store(folder) as store:
+        with store._backend.change():
+            pass  # a server may still be busy with the last words of the one that was killed
         for version in store.ls():
             one = model.setdefault(version.name, {"latest": 0, "versions": {}, "aliases": {}})
             seed = seeds[version.digest]
@@ -114,7 +117,7 @@ def shown(model: dict) -> dict:
     }
 
 
-def kill_once(folder: Path, seed: int, model: dict, lines: int, after: float) -> list[list]:
+def kill_once(folder: Path | str, seed: int, model: dict, lines: int, after: float) -> list[list]:
     """What the worker said until it was killed, `after` seconds after it had said so many lines."""
     reading, writing = os.pipe()
     child = os.fork()
@@ -136,11 +139,8 @@ def kill_once(folder: Path, seed: int, model: dict, lines: int, after: float) ->
     return [json.loads(line) for line in heard]
 
 
-def main(folder: Path, rounds: int, seed: int) -> None:
-    seeds = {}
-    with Store(folder.with_name("digests"), create=True) as store:
-        for number in range(40):
-            seeds[store.put(f"s{number}", record(number)).digest] = number
+def main(folder: Path | str, rounds: int, seed: int) -> None:
+    seeds = {peek(encode(record(number))).digest: number for number in range(40)}
     Store(folder, create=True, segment_bytes=SEGMENT).close()
     rng, model = random.Random(seed), {}
     acknowledged = interrupted = kept = 0
@@ -163,7 +163,7 @@ def main(folder: Path, rounds: int, seed: int) -> None:
             raise SystemExit(f"round {one}: {shown(now)} instead of {shown(model)}, under way {under_way}")
         with Store(folder) as store:
             faults = store.verify().faults
-            owed = [fault for fault in faults if "not overwritten yet" in fault]
+            owed = [fault for fault in faults if "gc finishes that" in fault]
             if owed and (under_way or [""])[0] in ("purge", "gc"):
                 store.gc()
                 faults = store.verify().faults
@@ -173,4 +173,4 @@ def main(folder: Path, rounds: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

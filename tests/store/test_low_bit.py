@@ -39,7 +39,9 @@ def cores(names, r, seed=0):
 
 def exact(tensors):
     """All values of the tensors in the order of their record, flat."""
-    return np.concatenate([tensors[name].ravel() for name in build("lora_xs", tensors, "float32").layout.names])
+    return np.concatenate(
+        [tensors[name].ravel() for name in build("lora_xs", tensors, "float32").layout.names]
+    )
 
 
 def test_a_gpt3_adapter_takes_about_24_kib():
@@ -300,7 +302,7 @@ def test_an_adapter_is_loaded_from_low_bits(tmp_path, method, dtype, capsys):
             m(input_ids=models.tokens()).logits for m in (models.llama().eval(), model, loaded)
         )
     assert (low - exactly).norm() < {"int8": 0.02, "int4": 0.3}[dtype] * (base - exactly).norm()
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main(["inspect", str(tmp_path / "small.modicum")])
     said = capsys.readouterr().out
     assert dtype in said

@@ -36,6 +36,8 @@ _BATCH_BYTES = 1 << 26
 #: how often a read is repeated that compactions and purges keep overtaking
 _TRIES = 8
 PRODUCTION = "production"
+#: what the address of a store on PostgreSQL begins with
+SCHEMES = ("postgresql://", "postgres://")
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,10 @@ class Store(Readable):
         timeout: float = 60.0,
         segment_bytes: int = SEGMENT_BYTES,
     ) -> None:
-        """The store in the folder `location`, made if need be with `create`.
+        """The store in the folder `location`, made if need be with `create`; or one on PostgreSQL.
+
+        That is `postgresql://user@host/database?objects=s3://bucket/folder&schema=modicum`: rows are in the schema,
+        records where fsspec finds the objects. Once it is made, it knows them, and `objects` may be left out.
 
         `actor` is who the log says did it (otherwise `$MODICUM_ACTOR`, otherwise user@machine); `timeout`: seconds
         to wait for other writers; `segment_bytes` counts when a store is made.
@@ -79,10 +84,7 @@ class Store(Readable):
         Raises:
             StoreError: there is no store, or it is damaged, or of a newer format.
         """
-        folder = Path(location)
-        if create and not folder.joinpath(INDEX).is_file():
-            Embedded.create(folder, TABLES, segment_bytes)
-        self._backend: Backend = Embedded(folder, timeout=timeout)
+        self._backend = _opened(location, create, timeout, segment_bytes)
         self.actor = check_text(actor or os.environ.get("MODICUM_ACTOR") or _user(), "actor")
 
     def __enter__(self) -> Self:
@@ -328,6 +330,19 @@ class Store(Readable):
                     change, self.actor, [Draft("erased", detail=detail | ({"purge": purge} if purge else {}))]
                 )
         return sum(places.values())
+
+
+def _opened(location: str | os.PathLike, create: bool, timeout: float, segment_bytes: int) -> Backend:
+    if str(location).startswith(SCHEMES):
+        from modicum.store.engine.postgres import Postgres
+
+        if create:
+            Postgres.create(str(location), TABLES)
+        return Postgres(str(location), TABLES, timeout=timeout)
+    folder = Path(location)
+    if create and not folder.joinpath(INDEX).is_file():
+        Embedded.create(folder, TABLES, segment_bytes)
+    return Embedded(folder, timeout=timeout)
 
 
 def _groups(items: Iterator[Prepared], most: int) -> Iterator[list[Prepared]]:

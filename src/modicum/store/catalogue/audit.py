@@ -134,7 +134,7 @@ def redact(change: Change, name: int, version: int | None = None) -> None:
 def head(view: Snapshot) -> Head:
     """The end of the chain as the store has it."""
     found = dict(view.rows("SELECT key, value FROM settings WHERE key IN ('head', 'entries')"))
-    return Head(found.get("entries", 0), bytes(found.get("head", BEGINNING)).hex())
+    return Head(int(found.get("entries", 0)), bytes(found.get("head", BEGINNING)).hex())
 
 
 def entries(view: Snapshot, name: int | None, after: int, limit: int) -> list[Entry]:
