@@ -96,6 +96,18 @@ def test_taken_numbers_and_aliases(store, other, tmp_path):
     assert other.show("ada@production").version == 3
 
 
+def test_equal_records_are_told_apart(store, other, tmp_path):
+    store.put("copy", record(0), note="second")
+    store.put("copy", record(0), note="third")
+    export_archive(store, tmp_path / "a", "copy")
+    for seed in (7, 0, 8):
+        other.put("copy", record(seed))
+    # 2 is here under its number; nothing is left for the others
+    assert import_archive(other, tmp_path / "a").renumbered == {"copy@1": "copy@4", "copy@3": "copy@5"}
+    assert (other.show("copy@2").note, other.show("copy@5").note) == (None, "third")
+    assert import_archive(other, tmp_path / "a").stored == 0
+
+
 def forge(*lines, end=None):
     """An archive of these lines (objects, or bytes as they are) whose last line is right."""
     data = MAGIC + b'{"store":"x"}\n'
@@ -124,6 +136,7 @@ def test_a_forged_archive_that_is_right_is_read(other, tmp_path):
         {"name": "../../etc/passwd"},
         {"name": "/etc/passwd"},
         {"name": 7},
+        {"name": "eve@1"},
         {"version": 0},
         {"version": 1 << 40},
         {"version": True},
@@ -161,7 +174,7 @@ def test_hostile_versions_are_refused(other, tmp_path, change):
 @pytest.mark.parametrize(
     "data",
     [
-        forge(GOOD, DATA + b"\n", GOOD | {"here": False}),  # twice
+        forge(GOOD, DATA + b"\n", json.dumps(GOOD | {"here": False}).encode() + b"\n"),  # twice
         forge(GOOD | {"digest": peek(encode(record(6))).digest}, DATA + b"\n"),  # another record
         forge(GOOD, DATA[:-8] + bytes(8) + b"\n"),
         forge(GOOD, DATA + b"x"),

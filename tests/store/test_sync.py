@@ -142,6 +142,10 @@ def test_an_interrupted_sync_leaves_the_one_before(store, tmp_path, monkeypatch)
             pull(pulled, "failing://place")
             found = said(pulled)
         assert found in (first, said(store))
+        there = files("failing://place")
+        for name, data in there.items():
+            manifest = sync._manifest(data) if name.startswith("manifest-") else None
+            assert manifest is None or {*manifest["packs"], manifest["catalogue"]["file"]} <= there.keys()
         outcomes.append((found == said(store), finished))
     # first nothing counts, then the manifest is there but not all is cleaned up, then it is done
     assert outcomes[0] == (False, False)
@@ -208,6 +212,14 @@ def test_damage_is_found(store, other, tmp_path, pattern, damage):
     with pytest.raises((CorruptAdapterError, StoreError, ConfigError)):
         pull(other, str(tmp_path / "place"))
     assert other.stats().entries == 0
+
+
+def test_a_manifest_that_was_changed_does_not_count(store, other, tmp_path):
+    push(store, str(tmp_path / "place"))
+    (path,) = (tmp_path / "place").glob("manifest-*")
+    path.write_text(path.read_text().replace('"entries": ', '"entries": 1'))
+    with pytest.raises(CorruptAdapterError, match="none of its manifests is whole"):
+        pull(other, str(tmp_path / "place"))
 
 
 def test_places_that_cannot_be_reached(store):

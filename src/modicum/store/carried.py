@@ -132,8 +132,12 @@ def take_in(
         StoreError: see `Store.put_many`.
     """
     job = _Intake(store, source, load)
-    for done, version in enumerate(_parents_first(versions), 1):
-        job.take(version)
+    order = _parents_first(versions)
+    for version in order:
+        job.recognize(version)
+    for done, version in enumerate(order, 1):
+        if str(version) not in job.became:
+            job.take(version)
         if progress is not None:
             progress(done, len(versions))
     job.write()
@@ -159,14 +163,19 @@ class _Intake:
         self.stored = 0
         self.orphans: list[str] = []
 
+    def recognize(self, one: Carried) -> None:
+        """Returns when a version that is here under its number is known to be."""
+        if one.version <= self._latest_of(one.name) and _digest(self._store, str(one)) == one.digest:
+            self._is(one, str(one))
+
     def take(self, one: Carried) -> None:
+        """Returns when a version is known, or waits to be written."""
         latest = self._latest_of(one.name)
         number = one.version
         if number <= latest:
             found = self._known(one)
             if found is not None:
-                self.became[str(one)] = found
-                self._taken.add(found)
+                self._is(one, found)
                 return
             number = latest + 1
         data = self._load(one)
@@ -232,10 +241,12 @@ class _Intake:
         except NotStoredError:
             return None
 
+    def _is(self, one: Carried, here: str) -> None:
+        self.became[str(one)] = here
+        self._taken.add(here)
+
     def _known(self, one: Carried) -> str | None:
-        """The version here that is this one: under its number, else under one that nothing else became."""
-        if _digest(self._store, str(one)) == one.digest:
-            return str(one)
+        """The version here with the same record, under a number that nothing else became."""
         if one.name not in self._mine:
             self._mine[one.name] = {}
             for version in self._store.versions(Filter(name=one.name)):
