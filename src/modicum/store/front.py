@@ -9,6 +9,7 @@ asks for an upgrade.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import struct
 import zlib
@@ -61,6 +62,14 @@ class Front:
         if self.dtype in low_bit.BITS:
             return low_bit.packed_bytes(self.values, self.blocks, self.dtype)
         return self.values * VALUE_DTYPES[self.dtype].itemsize
+
+    def lines(self, description: bytes | memoryview) -> tuple[str, str]:
+        """The two lines of the packed description.
+
+        Raises:
+            ValueError, zlib.error: it does not unpack to two lines of the length that is stated.
+        """
+        return _lines(bytes(description), self.unpacked)
 
     def sealed(self, body: bytes) -> bytes:
         """The 128 bytes that stand before `body`.
@@ -155,3 +164,14 @@ def _digest(front: bytes | memoryview, body: bytes | memoryview) -> bytes:
     digest = hashlib.blake2b(front, digest_size=DIGEST_BYTES)
     digest.update(body)
     return digest.digest()
+
+
+@functools.lru_cache(maxsize=64)
+def _lines(packed: bytes, length: int) -> tuple[str, str]:
+    # cached, since most adapters of one fleet have the same
+    unpacker = zlib.decompressobj()
+    text = unpacker.decompress(packed, length + 1)
+    if len(text) != length or not unpacker.eof:
+        raise ValueError("its length is wrong")
+    first, second = text.decode().split("\n", 1)
+    return first, second

@@ -288,11 +288,7 @@ def _describe(record: Record) -> bytes:
 
 def _read_description(packed: bytes | memoryview, header: Front) -> tuple[dict[str, Any], Layout, list]:
     try:
-        unpacker = zlib.decompressobj()
-        text = unpacker.decompress(packed, header.unpacked + 1).decode()
-        if len(text.encode()) != header.unpacked or not unpacker.eof:
-            raise ValueError("its length is wrong")  # noqa: TRY301 - one place words the error
-        first, second = text.split("\n", 1)
+        first, second = header.lines(packed)
         about = json.loads(first)
         sections = [_listed(*one) for one in about.pop("sections", [])]
         wrong = [name for name, value in about.items() if not isinstance(value, _ABOUT.get(name, ()))]
