@@ -219,8 +219,9 @@ def test_put_and_get_in_every_form(run, files, tmp_path):
     torch.testing.assert_close(logits(loaded), files.wanted, rtol=1e-4, atol=1e-4)
     assert "did you mean 'lora'" in run("get", "ada", "-o", tmp_path / "x", "--format", "lor", code=1).err
     assert "is no record" in run("put", "ada", files.text, code=1).err
-    run("put", "ada", files.lora, "--dtype", "float16")
-    assert run("show", "ada", "--json").json["dtype"] == "float16"
+    for dtype in ("float16", "int8"):
+        assert run("put", "ada", files.lora, "--dtype", dtype, "--json").json["dtype"] == dtype
+    assert run("diff", "ada@3", "ada", "--json").json["total"]["relative"] < 0.02
     with Store(tmp_path / "store") as store:
         assert store.get("ada@1") == decode(files.record.read_bytes())
 

@@ -70,6 +70,7 @@ def test_no_direction_has_no_cosine(store):
     store.put("ada", build("lora_xs", {"a.R": np.zeros((2, 2), np.float32)}))
     found = diff(store, "ada", "ada")
     assert (found.total.distance, found.total.relative, found.total.cosine) == (0.0, None, None)
+    assert (found.layers[0].relative, found.layers[0].cosine) == (None, None)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,13 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modicum.cli._common import table
+from modicum.cli._common import Advance, progress, table
 from modicum.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,6 +52,19 @@ def opened(location: str, actor: str | None = None, *, create: bool = False) -> 
 
     with Store(location, create=create, actor=actor) as store:
         yield store
+
+
+@contextlib.contextmanager
+def counted(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A function `tell(steps, total)` that shows `progress` from its first call on, which says the total."""
+    with contextlib.ExitStack() as stack:
+        bar: list[Advance] = []
+
+        def tell(steps: int, total: int) -> None:
+            bar[:] = bar or [stack.enter_context(progress(what, total))]
+            bar[0](steps)
+
+        yield tell
 
 
 def expected(text: str | None) -> Any:

@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modicum.cli._common import JsonFlag, emit, progress, table
+from modicum.cli._common import JsonFlag, emit, table
 from modicum.cli._store._shared import (
     ActorOption,
     CreateFlag,
     DtypeOption,
     StoreOption,
     TagOption,
+    counted,
     opened,
     plain,
 )
@@ -45,10 +46,10 @@ def put_many(
     """
     from modicum.store import put_folders
 
-    with opened(store, actor, create=create) as kept, progress("adapters") as advance:
+    with opened(store, actor, create=create) as kept, counted("adapters") as tell:
         result = put_folders(
             kept, folders, template=template, dtype=dtype, tags=tag or (), strict=strict,
-            progress=lambda _, total: advance(1, f"of {total}"),
+            progress=lambda _, total: tell(1, total),
         )  # fmt: skip
     emit(result, as_json, _bulk)
     if result.faults:

@@ -7,7 +7,7 @@ import typer
 
 from modicum.cli._common import JsonFlag, OverwriteFlag, emit, progress, size
 from modicum.cli._store import _filters as by
-from modicum.cli._store._shared import ActorOption, CreateFlag, StoreOption, done, opened
+from modicum.cli._store._shared import ActorOption, CreateFlag, StoreOption, counted, done, opened
 
 if TYPE_CHECKING:
     from modicum.store.carried import TakenIn
@@ -60,9 +60,9 @@ def import_(
     """
     from modicum.store import import_archive
 
-    with opened(store, actor, create=create) as found, progress("versions") as advance:
+    with opened(store, actor, create=create) as found, counted("versions") as tell:
         result = import_archive(
-            found, archive, move_aliases=move_aliases, progress=lambda _, total: advance(1, f"of {total}")
+            found, archive, move_aliases=move_aliases, progress=lambda _, total: tell(1, total)
         )
     emit(result, as_json, _taken("import", result))
 
@@ -87,11 +87,7 @@ def sync(
     from modicum.store import pull as take
     from modicum.store import push
 
-    with opened(store, actor, create=pull and create) as found, progress("records") as advance:
-
-        def tell(steps: int, total: int) -> None:
-            advance(steps, f"of {total}")
-
+    with opened(store, actor, create=pull and create) as found, counted("records") as tell:
         if pull:
             got = take(found, url, move_aliases=move_aliases, progress=lambda _, total: tell(1, total))
             emit(got, as_json, _taken("sync", got))
