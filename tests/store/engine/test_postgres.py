@@ -419,3 +419,29 @@ def test_only_the_owner_may_read_objects(store, tmp_path):
     os.umask(os.umask(0o022))
     for path in (tmp_path / "objects").rglob("*"):
         assert path.stat().st_mode & 0o077 == 0
+
+
+def test_the_command_line_and_an_archive_move_a_store_here(store, postgres, tmp_path, capsys):
+    from modicum.cli import main
+
+    def run(*words):
+        with pytest.raises(SystemExit) as ended:
+            main(["store", *map(str, words)])
+        assert ended.value.code == 0
+        return json.loads(capsys.readouterr().out)
+
+    with Store(tmp_path / "small", create=True) as old:
+        old.put_many([Put(f"u{n}", record(n), tags=["x"], metrics={"acc": n}) for n in range(5)])
+        old.put("u0", record(9), parent="u0", alias="production")
+    run("export", tmp_path / "all.archive", "--store", tmp_path / "small", "--json")
+    run("import", tmp_path / "all.archive", "--store", postgres, "--json")
+    assert run("verify", "--store", postgres, "--json")["faults"] == []
+    assert {one["name"] for one in run("ls", "--store", postgres, "--json")["versions"]} == {
+        f"u{n}" for n in range(5)
+    }
+    assert store.get("u0@production") == record(9)
+    assert store.show("u0@production").parent == "u0@1"
+    run("get", "u3", "--output", tmp_path / "u3.modicum", "--store", postgres, "--json")
+    assert (tmp_path / "u3.modicum").read_bytes() == encode(record(3))
+    said = run("init", "--store", postgres.replace("modicum@", "modicum:secret@"), "--json")
+    assert "secret" not in json.dumps(said)
