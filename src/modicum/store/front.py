@@ -69,7 +69,8 @@ class Front:
         Raises:
             ValueError, zlib.error: it does not unpack to two lines of the length that is stated.
         """
-        return _lines(bytes(description), self.unpacked)
+        read = _kept_lines if len(description) <= _KEPT else _lines
+        return read(bytes(description), self.unpacked)
 
     def sealed(self, body: bytes) -> bytes:
         """The 128 bytes that stand before `body`.
@@ -166,12 +167,15 @@ def _digest(front: bytes | memoryview, body: bytes | memoryview) -> bytes:
     return digest.digest()
 
 
-@functools.lru_cache(maxsize=64)
 def _lines(packed: bytes, length: int) -> tuple[str, str]:
-    # cached, since most adapters of one fleet have the same
     unpacker = zlib.decompressobj()
     text = unpacker.decompress(packed, length + 1)
     if len(text) != length or not unpacker.eof:
         raise ValueError("its length is wrong")
     first, second = text.decode().split("\n", 1)
     return first, second
+
+
+#: most adapters of one fleet have the same description, up to so many packed bytes
+_KEPT = 1 << 14
+_kept_lines = functools.lru_cache(maxsize=64)(_lines)

@@ -21,6 +21,9 @@ DTYPES = {
     "bool": np.dtype("?"),
 }
 
+#: bits of the exponent of a bfloat16, all set where it is infinite or no number
+_EXPONENT = 0x7F80
+
 
 def to_storage(values: np.ndarray, dtype: str) -> np.ndarray:
     """float32 `values` rounded to nearest-even in `dtype`, as stored (bfloat16 as uint16).
@@ -64,6 +67,5 @@ def from_bfloat16(bits: np.ndarray) -> np.ndarray:
 def finite(stored: np.ndarray, dtype: str) -> bool:
     """Whether no stored value is NaN or infinite."""
     if dtype == "bfloat16":
-        exponent = np.uint16(0x7F80)
-        return int((stored & exponent).max(initial=0)) < exponent
+        return int((stored & np.uint16(_EXPONENT)).max(initial=0)) < _EXPONENT
     return stored.dtype.kind != "f" or bool(np.isfinite(stored).all())

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from modicum.store.catalogue.audit import Entry, Head
     from modicum.store.catalogue.lookup import Found
-    from modicum.store.engine.interface import Backend, Snapshot
+    from modicum.store.engine.interface import Backend, Snapshot, Stored
 
 T = TypeVar("T")
 #: versions looked up, and records read, at a time
@@ -158,15 +158,16 @@ def _still_there(view: Snapshot, page: Sequence[Found]) -> list[tuple[str, Recor
 
 def _checked(view: Snapshot, found: Sequence[Found]) -> list[tuple[bytes, Record]]:
     """Bytes and record of each version; `decode` has checked them against the digest that they state."""
-    result = []
-    for one, stored in zip(found, view.load([f.object for f in found]), strict=True):
-        try:
-            record = decode(stored.data)
-        except CorruptAdapterError as error:
-            raise CorruptAdapterError(f"{one}: {error}") from error
-        if stated_digest(stored.data) != stored.digest:
-            raise CorruptAdapterError(
-                f"{one}: the store holds another record in its place; restore it from a backup"
-            )
-        result.append((stored.data, record))
-    return result
+    return list(map(_decoded, found, view.load([one.object for one in found])))
+
+
+def _decoded(one: Found, stored: Stored) -> tuple[bytes, Record]:
+    try:
+        record = decode(stored.data)
+    except CorruptAdapterError as error:
+        raise CorruptAdapterError(f"{one}: {error}") from error
+    if stated_digest(stored.data) != stored.digest:
+        raise CorruptAdapterError(
+            f"{one}: the store holds another record in its place; restore it from a backup"
+        )
+    return stored.data, record

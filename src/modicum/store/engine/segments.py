@@ -61,12 +61,15 @@ class Segment:
             MovedError: it was erased.
             CorruptAdapterError: there is no such frame, or the file ends before it does.
         """
-        data = os.pread(self.handle, FRAME_BYTES + size, start)
-        if data[:FRAME_BYTES] == frame(size) and len(data) == FRAME_BYTES + size:
-            return data[FRAME_BYTES:]
-        if data[: len(_ERASED)] == _ERASED:
+        front = os.pread(self.handle, FRAME_BYTES, start)
+        if front[: len(_ERASED)] == _ERASED:
             raise MovedError(f"{self.path.name} at {start}: erased")
-        fault = "the file is cut short" if len(data) < FRAME_BYTES + size else "no object starts there"
+        # read by itself rather than cut off its frame: that would copy it
+        data = os.pread(self.handle, size, start + FRAME_BYTES) if front == frame(size) else b""
+        if len(data) == size and front == frame(size):
+            return data
+        whole = os.fstat(self.handle).st_size >= start + FRAME_BYTES + size
+        fault = "no object starts there" if whole else "the file is cut short"
         raise CorruptAdapterError(
             f"{self.path.name}, {size} bytes at {start}: {fault}; restore the store from a backup"
         )
