@@ -377,7 +377,7 @@ def test_text_that_the_database_cannot_hold_is_refused(store):
 def test_addresses_say_everything_but_the_password():
     address = Address.parse(
         "postgres://ada:se%40cret@db.example:5433/adapters?objects=s3://bucket/some%20folder"
-        "&schema=team&sslmode=require&password=x"
+        "&schema=team&sslmode=require&password=x+y"
     )
     assert address.objects == "s3://bucket/some folder"
     assert address.schema == "team"
@@ -385,7 +385,7 @@ def test_addresses_say_everything_but_the_password():
     assert "password" not in address.shown
     assert address.shown.startswith("postgresql://ada@db.example:5433/adapters?objects=s3://bucket/some")
     parts = psycopg.conninfo.conninfo_to_dict(address.connection)
-    assert (parts["user"], parts["password"], parts["host"]) == ("ada", "x", "db.example")
+    assert (parts["user"], parts["password"], parts["host"]) == ("ada", "x+y", "db.example")
     assert (parts["port"], parts["dbname"], parts["sslmode"]) == ("5433", "adapters", "require")
     assert not {"objects", "schema"} & set(parts)
     assert Address.parse("postgresql:///db?objects=rel").objects == str(Path("rel").absolute())
@@ -400,6 +400,8 @@ def test_addresses_say_everything_but_the_password():
 def test_no_server_and_no_place_for_objects(postgres_server, tmp_path):
     with pytest.raises(StoreError, match="cannot be reached"):
         Store(f"postgresql://modicum:secret@/x?host={tmp_path}")
+    with pytest.raises(ConfigError, match=r"no \*"):
+        Store(f"{postgres_server}&schema=nowhere&objects={tmp_path}/[x]", create=True)
     with pytest.raises(ConfigError, match=r"add \?objects="):
         Store(f"{postgres_server}&schema=nowhere", create=True)
     with pytest.raises(StoreError, match="no store in schema 'nowhere'"):

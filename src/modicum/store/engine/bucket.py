@@ -78,8 +78,11 @@ class Bucket:
         """Returns when an object could be written, read and removed.
 
         Raises:
+            ConfigError: the address has characters that file systems take for wild cards.
             StoreError: it could not.
         """
+        if set(self.url) & set("*?[]"):
+            raise ConfigError(f"objects cannot be kept in {self.url!r}: no *, ?, [ or ] in the address")
         digest, data = os.urandom(32), b"may modicum write here?"
         self.put({digest: data})
         found = self.get([digest])

@@ -63,7 +63,8 @@ class Address:
         """
         try:
             parts = urlsplit(location)
-            query = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+            plain = parts.query.replace("+", "%2B")  # which libpq does not take for a space
+            query = parse_qsl(plain, keep_blank_values=True, strict_parsing=bool(plain))
         except ValueError as error:
             raise ConfigError(f"no address of a PostgreSQL database: {error}") from error
         ours = {key: value for key, value in query if key in ("objects", "schema")}
