@@ -281,6 +281,7 @@ def test_writers_race_for_one_alias(python, tmp_path):
         from modicum.errors import ConflictError
         from modicum.store import Store
         store, won = Store(sys.argv[1], actor=sys.argv[2]), 0
+        print("ready", flush=True)
         sys.stdin.readline()
         for n in range(30):
             now = store.show("ada@production").version
@@ -292,7 +293,8 @@ def test_writers_race_for_one_alias(python, tmp_path):
         print(won)
     """
     racers = [python(code, tmp_path / "store", f"racer{n}") for n in range(4)]
-    time.sleep(1.0)
+    for racer in racers:
+        assert racer.stdout.readline() == "ready\n"
     for racer in racers:
         racer.stdin.write("go\n")
         racer.stdin.flush()
@@ -374,6 +376,8 @@ def test_backups_while_others_write(python, tmp_path):
     counts = []
     with Store(tmp_path / "store") as store:
         for n in range(6):
+            while store.stats().versions == (counts or [0])[-1]:
+                time.sleep(0.01)
             store.backup(tmp_path / f"copy{n}")
             with Store(tmp_path / f"copy{n}") as copy:
                 assert copy.verify().faults == ()
