@@ -60,7 +60,9 @@ class Embedded:
         self._mine, self._closed = threading.local(), False
         self._all: weakref.WeakSet[_Connection] = weakref.WeakSet()
         if not (folder / INDEX).is_file():
-            raise StoreError(f"no store in {folder}: name its folder, or make one with create=True (`modicum store init`)")
+            raise StoreError(
+                f"no store in {folder}: name its folder, or make one (`modicum store init`, create=True)"
+            )
         with self.said():
             settings: dict[str, Any] = dict(self.connection().execute("SELECT key, value FROM settings"))
             found = settings.get("format")
