@@ -222,6 +222,19 @@ def test_a_manifest_that_was_changed_does_not_count(store, other, tmp_path):
         pull(other, str(tmp_path / "place"))
 
 
+def test_secrets_of_an_address_stay_there(store, other):
+    url = "memory://somebody:hunter2@host/place"
+    sent = push(store, url)
+    assert sent.url == "memory://host/place"
+    pull(other, url)
+    assert "memory://host/place" in other.log()[0].detail["source"]
+    assert not any(b"hunter2" in data for data in files(url).values())
+    assert "hunter2" not in str(other.log())
+    with pytest.raises(ConfigError, match="nothing is kept at memory://host/nowhere"):
+        pull(other, "memory://somebody:hunter2@host/nowhere")
+    MemoryFileSystem.store.clear()
+
+
 def test_places_that_cannot_be_reached(store):
     with pytest.raises(StoreError, match="nowhere://x"):
         push(store, "nowhere://x")

@@ -87,7 +87,9 @@ def push(store: Store, url: str, *, progress: Callable[[int, int], None] | None 
         mine = _identity(frozen)
         before = place.manifest()
         if before is not None and before["store"] != mine:
-            raise ConfigError(f"{url} holds another store ({before['location']}); choose an empty place")
+            raise ConfigError(
+                f"{place.url} holds another store ({before['location']}); choose an empty place"
+            )
         old = {} if before is None else place.catalogue(before).records
         needed, versions = _describe(frozen, lines)
         # packs are kept as they are, or not at all
@@ -106,7 +108,9 @@ def push(store: Store, url: str, *, progress: Callable[[int, int], None] | None 
         }  # fmt: skip
         place.put_manifest(manifest)
         deleted = place.clean(manifest)
-    return Pushed(url, number, versions, len(records), len(sent), sum(at[2] for at in sent.values()), deleted)
+    return Pushed(
+        place.url, number, versions, len(records), len(sent), sum(at[2] for at in sent.values()), deleted
+    )
 
 
 def pull(
@@ -126,7 +130,7 @@ def pull(
     with place.said():
         manifest = place.manifest()
         if manifest is None:
-            raise ConfigError(f"nothing is kept at {url}: no manifest; `modicum store sync {url}` writes one")
+            raise ConfigError(f"nothing is kept at {place.url}: `modicum store sync URL` sends a store there")
         catalogue = place.catalogue(manifest)
 
         @functools.lru_cache(maxsize=_HELD)
@@ -137,7 +141,7 @@ def pull(
             pack, start, size = catalogue.records[one.digest]
             return held(pack)[start : start + size]
 
-        source = f"{url} (manifest {manifest['number']})"
+        source = f"{place.url} (manifest {manifest['number']})"
         return take_in(store, catalogue.versions, load, source, move_aliases=move_aliases, progress=progress)
 
 
