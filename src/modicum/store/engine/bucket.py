@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -14,6 +15,9 @@ from modicum.store.atomic import flush
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from types import ModuleType
+
+#: files of a folder written at a time
+_AT_ONCE = 16
 
 
 @final
@@ -30,8 +34,8 @@ class Bucket:
         with self._said() as (root, files):
             named = {self._path(root, digest): data for digest, data in objects.items()}
             if _is_local(files):
-                for path, data in named.items():
-                    _write(Path(path), data)
+                with ThreadPoolExecutor(_AT_ONCE) as pool:  # the disk flushes many side by side
+                    list(pool.map(_write, map(Path, named), named.values()))
                 for folder in {Path(path).parent for path in named}:
                     flush(folder)
             elif named:
