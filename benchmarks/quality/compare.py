@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from modicum.compare.markdown import table
 from modicum.compare.report import write_report
@@ -19,6 +20,14 @@ from modicum.compare.run import run_comparison
 from modicum.compare.spec import load_comparison
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def shown(comparison: dict[str, Any], command: str) -> dict[str, Any]:
+    """The table of the reports with a shorter note: several stand on one page, which says how to read them."""
+    metric = comparison["metric"]
+    untrained = ", ".join(f"{values[metric]:.3f}" for values in comparison["untrained"].values())
+    note = f"{comparison['name']}; without training the {metric} is {untrained}. Made by `{command}`."
+    return {**table(comparison), "note": note}
 
 
 def main() -> None:
@@ -34,8 +43,8 @@ def main() -> None:
             output=str(options.work / file.stem), workers=options.workers, threads=1
         )
         result = run_comparison(spec, resume=True, say=print, publish=write_report)
-        found = {"command": f"python benchmarks/quality/compare.py {file} --work FOLDER"}
-        found |= {"table": table(result.comparison), **result.comparison}
+        command = f"python benchmarks/quality/compare.py {file} --work FOLDER"
+        found = {"command": command, "table": shown(result.comparison, command), **result.comparison}
         for cell in found["cells"]:
             cell.pop("curves")
         (RESULTS / f"compare_{file.stem}.json").write_text(json.dumps(found, indent=1) + "\n")
