@@ -264,6 +264,44 @@ def baseline(
     }
 
 
+def shown(result: dict[str, Any]) -> dict[str, Any]:
+    """The table of the docs: the store beside folders and blobs, and what only the store has to answer for."""
+    arms = {name: found for name, found in result.items() if isinstance(found, dict) and "records" in found}
+
+    def spread(name: str, digits: int, scale: float = 1.0) -> list[str]:
+        values = [found.get(name) for found in arms.values()]
+        return [
+            "" if one is None else " / ".join(f"{one[at] * scale:.{digits}f}" for at in ("p50", "p99"))
+            for one in values
+        ]
+
+    def numbers(name: str, digits: int = 0, section: str | None = None) -> list[str]:
+        values = [(found.get(section, {}) if section else found).get(name) for found in arms.values()]
+        return ["" if one is None else f"{one:,.{digits}f}" for one in values]
+
+    rows = [
+        ["adapters", *numbers("records")],
+        ["bytes of one", *numbers("record_bytes")],
+        ["written in batches, per second", *numbers("batched_records_per_second")],
+        ["one durable commit, ms", *spread("single_commit_ms", 1)],
+        ["bytes on disk, each", *numbers("disk_bytes_per_record")],
+        ["read as tensor, cold, ms", *spread("cold_tensor_ms", 2)],
+        ["read as tensor, warm, ms", *spread("warm_tensor_us", 3, 1e-3)],
+        ["64 as one tensor, cold, ms", *spread("cold_get_many_64_ms", 1)],
+        ["64 as one tensor, warm, ms", *spread("warm_get_many_64_ms", 1)],
+        ["opening, ms", *numbers("open_ms", 1, "reader")],
+        ["memory of a reader, MiB", *numbers("resident_mib", 0, "reader")],
+        ["verify all, s", *numbers("verify_seconds")],
+        ["purge of one, ms", *spread("purge_ms", 0)],
+    ]
+    note = (
+        "Two numbers are median and 99th percentile. Cold: the system was told to forget all files before each read. "
+        "Folders hold one safetensors file and one configuration each, as PEFT saves them. Blobs are bytes by name; "
+        f"nothing checks or decodes them. Made by `{result['command']}`."
+    )
+    return {"columns": ["", *arms], "rows": rows, "note": note}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -288,6 +326,7 @@ def main() -> None:
             result[name] = arm(folder, given)
         finally:
             shutil.rmtree(folder)
+    result = {"table": shown(result), **result}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"load-{given.records}-{given.bytes}.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
