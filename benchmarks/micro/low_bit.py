@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 RESULT = Path(__file__).parent / "results" / "low_bit.json"
 TRAINING = RESULT.with_name("low_bit_training.json")
+ADAPTERS = RESULT.with_name("low_bit_adapters.json")
 GROUP = 128
 PROMPT = 128
 
@@ -377,7 +378,7 @@ def main() -> None:
             found[name] = measure(arguments.repeats, arguments.small)
             print(json.dumps({name: found[name]}, indent=1, default=str))
             gc.collect()
-    if arguments.small or arguments.only not in (None, "training"):
+    if arguments.small or arguments.only not in (None, "training", "adapters"):
         return
     only = f" --only {arguments.only}" if arguments.only else ""
     options = f"--threads {arguments.threads} --repeats {arguments.repeats}{only}"
@@ -387,6 +388,10 @@ def main() -> None:
         "threads": arguments.threads,
     }
     note = f"{arguments.threads} threads; all variants in turn, medians."
+    if "adapters" in found:
+        what = "a training step with Q-BaRA and with LoRA on the same 4-bit base"
+        write(ADAPTERS, {"what": what, **about, **found, "table": adapters_table(found["adapters"], note)})
+        return
     steps = found.pop("training")
     what = "a training step on a 4-bit base"
     write(TRAINING, {"what": what, **about, **steps, "table": training_table(steps, note)})
@@ -431,6 +436,20 @@ def generation_table(found: dict[str, Any], note: str) -> dict[str, Any]:
         "OpenVINO's default rounds inputs to 8 bits; ratios of OpenVINO are to bfloat16 in a run of its own. "
     )
     return {"columns": columns, "rows": rows, "note": what + more + note}
+
+
+def adapters_table(found: dict[str, Any], note: str) -> dict[str, Any]:
+    rows = [
+        [tokens, f"{1e3 * steps['LoRA']['seconds']:.1f}"]
+        + [f"{steps[name]['against_lora']:.3f}" for name in ("Q-BaRA", "LoRA again")]
+        for tokens, steps in found.items()
+    ]
+    return {
+        "columns": ["step of two layers 2048 wide", "LoRA, ms", "Q-BaRA", "LoRA again"],
+        "rows": rows,
+        "note": "Time against LoRA's in the same turn, as many trained values; a second LoRA says how far noise goes. "
+        + note,
+    }
 
 
 def training_table(found: dict[str, Any], note: str) -> dict[str, Any]:
