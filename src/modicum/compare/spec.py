@@ -17,7 +17,7 @@ from modicum.errors import ConfigError, did_you_mean
 from modicum.evaluate.resources import Prices
 from modicum.train.recipe import Recipe, TrainOptions, load_recipe, located, make_recipe
 from modicum.train.stages import BEFORE, STAGES, stage_faults
-from modicum.train.yaml_lines import Lines, read_yaml
+from modicum.train.yaml_lines import Lines, read_yaml_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -162,15 +162,7 @@ def load_comparison(path: str | Path) -> Spec:
         ConfigError: everything that is wrong with it and with its recipe, with lines and the nearest right names.
     """
     file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        folder = file.parent if file.parent.is_dir() else Path.cwd()
-        known = [entry.name for entry in folder.glob("*.y*ml")]
-        raise ConfigError(
-            f"cannot read the comparison {file}{did_you_mean(file.name, known)}: {error}"
-        ) from error
-    values, lines = read_yaml(text, str(file))
+    values, lines = read_yaml_file(file, "comparison")
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: a comparison is a mapping: {', '.join(CompareOptions.model_fields)}")
     values.setdefault("name", file.stem)

@@ -19,7 +19,7 @@ from modicum.train import defaults
 from modicum.train.methods import option_faults
 from modicum.train.options import TrainOptions
 from modicum.train.stages import AFTER, BEFORE, ElasticOptions, ExtractOptions, MergeOptions, stage_faults
-from modicum.train.yaml_lines import Lines, read_yaml, yaml_value
+from modicum.train.yaml_lines import Lines, read_yaml_file, yaml_value
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -172,15 +172,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ConfigError: everything that is wrong, with lines and the nearest right names.
     """
     file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        folder = file.parent if file.parent.is_dir() else Path.cwd()
-        recipes = [entry.name for entry in folder.glob("*.y*ml")]
-        raise ConfigError(
-            f"cannot read the recipe {file}{did_you_mean(file.name, recipes)}: {error}"
-        ) from error
-    values, lines = read_yaml(text, str(file))
+    values, lines = read_yaml_file(file, "recipe")
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: a recipe is a mapping of sections: {', '.join(Recipe.model_fields)}")
     values.setdefault("output", f"runs/{file.stem}")

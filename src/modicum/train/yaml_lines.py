@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from modicum.errors import ConfigError
+from modicum.errors import ConfigError, did_you_mean
 
 #: path of keys and list positions -> line in the file, counted from 1
 Lines = dict[tuple[str | int, ...], int]
@@ -22,6 +23,23 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)([eE][-+]?\d+)$"),
     list("-+.0123456789"),
 )
+
+
+def read_yaml_file(file: Path, what: str) -> tuple[Any, Lines]:
+    """The values and the lines of a YAML file; `what` it should hold, for the message.
+
+    Raises:
+        ConfigError: it cannot be read, with the nearest name beside it; or it is no YAML.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        folder = file.parent if file.parent.is_dir() else Path.cwd()
+        beside = [entry.name for entry in folder.glob("*.y*ml")]
+        raise ConfigError(
+            f"cannot read the {what} {file}{did_you_mean(file.name, beside)}: {error}"
+        ) from error
+    return read_yaml(text, str(file))
 
 
 def read_yaml(text: str, name: str) -> tuple[Any, Lines]:
