@@ -1,0 +1,1 @@
+"""Engines: one interface, Transformers' continuous batching behind it, or vLLM."""
