@@ -73,6 +73,8 @@ class Step:
     top: tuple[tuple[int, float], ...] = ()
     #: why it is the last one, if it is: "stop" (an end token, itself not told, but counted here), "length"
     finish: Reason | None = None
+    #: how many tokens of the prompt were found in the prefix cache; told with the first token
+    cached: int = 0
 
 
 @dataclass(frozen=True)

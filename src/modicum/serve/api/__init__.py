@@ -1,0 +1,1 @@
+"""HTTP: the routes of the OpenAI API, of the admin, and the page."""
