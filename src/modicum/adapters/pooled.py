@@ -73,10 +73,12 @@ class PooledAdapter(Adapter):
         """`base_output` + scaling · E_q M P_p x, shape (*batch, out)."""
         x = (self.dropout(x) if self.dropout is not None else x).to(base_output.dtype)
         factors = [factor.to(x.dtype) for factor in self.factors()]
+        arguments = x, base_output, self.scaling, self.pool, self.repeat, *factors
+        if not torch.is_autocast_enabled(x.device.type):
+            return cast("Tensor", _Product.apply(*arguments))
         # all is in one number type already, which has to be the same in the gradient
         with torch.autocast(x.device.type, enabled=False):
-            y = _Product.apply(x, base_output, self.scaling, self.pool, self.repeat, *factors)
-        return cast("Tensor", y)
+            return cast("Tensor", _Product.apply(*arguments))
 
     def block_values(self) -> Tensor:
         """(scaling / p) · M, float32."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -153,20 +153,26 @@ def repeat(x: Tensor, size: int, factor: float, base: Tensor | None = None) -> T
 def _neighbours(
     name: str, x: Tensor, base: Tensor | None, out: Tensor, size: int, factor: float, count: int
 ) -> None:
-    library, _ = _library()
+    functions, kind = _neighbour_functions(), KINDS[out.dtype]
     # names keep what the pointers point to
-    x, base, number = x.contiguous(), None if base is None else base.contiguous(), ctypes.c_float(factor)
-    pointers = (
-        x.data_ptr(),
-        None if base is None else base.data_ptr(),
-        ctypes.addressof(number),
-        out.data_ptr(),
-    )
+    x, base = x.contiguous(), None if base is None else base.contiguous()
     threads = torch.get_num_threads() if max(x.numel(), out.numel()) >= _WORTH_NEIGHBOURS else 1
-    kind = KINDS[out.dtype]
-    job = _Job(*pointers, 0, count, 0, 0, size, 0, kind, kind, kind, threads)
-    if out.numel() and (library is None or getattr(library, name)(ctypes.byref(job))):
+    pointers = x.data_ptr(), None if base is None else base.data_ptr(), out.data_ptr()
+    if count and (functions is None or functions[name](*pointers, count, size, factor, kind, threads)):
         raise ValueError(f"{name} takes no {size} neighbours of {out.dtype}; ask takes_neighbours first")
+
+
+@functools.cache
+def _neighbour_functions() -> dict[str, Any] | None:
+    """The functions `neighbours` of dequantize.c by name, which know the types of their arguments."""
+    library, _ = _library()
+    if library is None:
+        return None
+    functions = {name: getattr(library, name) for name in ("modicum_pool", "modicum_repeat")}
+    pointer, small = ctypes.c_void_p, ctypes.c_int32
+    for function in functions.values():
+        function.argtypes = (pointer,) * 3 + (ctypes.c_int64, small, ctypes.c_float, small, small)
+    return functions
 
 
 def _run(

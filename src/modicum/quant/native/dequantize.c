@@ -301,18 +301,30 @@ int modicum_runs(const job *work) {
     return 0;
 }
 
-/* `out` (rows) is the factor in `offsets` times the sums of `repeat` neighbours in `codes`. */
-int modicum_pool(const job *work) {
-    static body *const table[2] = {pooled_FLOAT32, pooled_BFLOAT16};
-    if (work->out_kind > BFLOAT16 || work->repeat > MOST_NEIGHBOURS) return 1;
-    shared_out(work, table[work->out_kind], work->rows);
+/* Plain arguments: the caller is Python, and to fill a `job` there takes as long as the work on small inputs. */
+typedef int neighbours(const void *, const void *, void *, int64_t, int32_t, float, int32_t, int32_t);
+
+static int of_neighbours(body *const table[2], const void *x, const void *base, void *out, int64_t count, int32_t size,
+                         float factor, int32_t kind, int32_t threads) {
+    const job work = {.codes = x, .scales = base, .offsets = &factor, .out = out, .rows = count, .repeat = size,
+                      .out_kind = kind, .threads = threads};
+    if (kind > BFLOAT16 || size > MOST_NEIGHBOURS) return 1;
+    shared_out(&work, table[kind], count);
     return 0;
 }
 
-/* `out` is each of the `rows` numbers in `codes` times the factor, `repeat` times; plus `scales` if there are any. */
-int modicum_repeat(const job *work) {
+/* `out` (count) is `factor` times the sums of `size` neighbours in `x`; there is no `base`. */
+neighbours modicum_pool;
+int modicum_pool(const void *x, const void *base, void *out, int64_t count, int32_t size, float factor, int32_t kind,
+                 int32_t threads) {
+    static body *const table[2] = {pooled_FLOAT32, pooled_BFLOAT16};
+    return of_neighbours(table, x, base, out, count, size, factor, kind, threads);
+}
+
+/* `out` is each of the `count` numbers in `x` times `factor`, `size` times; plus `base` if there is one. */
+neighbours modicum_repeat;
+int modicum_repeat(const void *x, const void *base, void *out, int64_t count, int32_t size, float factor, int32_t kind,
+                   int32_t threads) {
     static body *const table[2] = {repeated_FLOAT32, repeated_BFLOAT16};
-    if (work->out_kind > BFLOAT16 || work->repeat > MOST_NEIGHBOURS) return 1;
-    shared_out(work, table[work->out_kind], work->rows);
-    return 0;
+    return of_neighbours(table, x, base, out, count, size, factor, kind, threads);
 }
