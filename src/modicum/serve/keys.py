@@ -12,19 +12,19 @@ import functools
 import hashlib
 import hmac
 import json
-import os
 import re
 import secrets
-import sqlite3
 import threading
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from modicum.errors import ConfigError, ConflictError, NotStoredError, StoreError, did_you_mean, too_low
+from modicum.errors import ConfigError, ConflictError, NotStoredError, did_you_mean, too_low
+from modicum.serve.state import changing, open_database, said
 from modicum.store.catalogue.names import check_label
 
 if TYPE_CHECKING:
+    import sqlite3
     from collections.abc import Iterator
     from pathlib import Path
 
@@ -36,7 +36,7 @@ LOCAL = "local"
 _RESERVED = (LOCAL, "other")
 _TABLE = (
     "CREATE TABLE IF NOT EXISTS keys(name TEXT PRIMARY KEY, digest BLOB NOT NULL UNIQUE, about TEXT NOT NULL, "
-    "created REAL NOT NULL, revoked REAL)"
+    "created REAL NOT NULL, revoked REAL);"
 )
 _PATTERN = re.compile(r"[A-Za-z0-9_.+=/*-]{1,200}", re.ASCII)
 #: bytes of a digest by which keys are found; the rest is compared in constant time
@@ -95,14 +95,7 @@ class Keys:
         """The keys in `folder`, which is made if need be, readable by its owner alone."""
         self.path = folder / FILE
         self._lock = threading.RLock()
-        with self._said():
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
-            # the event loop asks, and threads close
-            self._db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._db.execute(_TABLE)
+        self._db = open_database(self.path, _TABLE)
         self._seen: int | None = None
         self._keys: dict[bytes, tuple[bytes, Key]] = {}
 
@@ -187,7 +180,7 @@ class Keys:
                 raise NotStoredError(f"no key {name!r} in {self.path}{did_you_mean(name, active)}")
 
     def _current(self) -> dict[bytes, tuple[bytes, Key]]:
-        with self._lock, self._said():
+        with self._lock, said(self.path):
             (version,) = self._db.execute("PRAGMA data_version").fetchone()
             if version != self._seen:
                 rows = self._db.execute("SELECT name, digest, about, created, revoked FROM keys").fetchall()
@@ -197,23 +190,10 @@ class Keys:
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, self._said():
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            finally:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
+        with self._lock, said(self.path), changing(self._db):
+            yield self._db
             # the version tells only what other connections changed
             self._seen = None
-
-    @contextlib.contextmanager
-    def _said(self) -> Iterator[None]:
-        try:
-            yield
-        except (sqlite3.Error, OSError) as error:
-            raise StoreError(f"cannot use the keys in {self.path}: {error}") from error
 
 
 def _new() -> str:

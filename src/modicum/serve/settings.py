@@ -40,10 +40,12 @@ class Settings:
     engine: EngineSettings
     #: folder or address of the adapter store; None: the base model alone
     store: str | None = None
-    #: folder for keys, usage, experiments and feedback
+    #: folder for keys, usage, experiments and feedback; None: `state.default_state()`
     state: Path | None = None
     host: str = "127.0.0.1"
     port: int = 8000
+    #: names that the server answers to besides those of this machine, e.g. behind a proxy; nothing: see `Gate`
+    hosts: tuple[str, ...] = ()
     #: seconds that one request may take, and that running ones get when the server stops
     request_timeout: float = 600.0
     grace: float = 30.0

@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 
 from modicum.errors import ConfigError, ConflictError, ModicumError, NotStoredError, StoreError
 from modicum.serve.engine.interface import AdapterUnavailableError, GenerationError, OverloadedError
+from modicum.serve.limits import QUOTA, LimitError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
@@ -63,7 +64,7 @@ def worded(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, OverloadedError):
-        return too_many(str(error), error.retry_after, code="overloaded")
+        return _too_many(error)
     for kind, status, code in _KNOWN:
         if isinstance(error, kind):
             return ApiError(status, str(error), code=code)
@@ -71,10 +72,13 @@ def worded(error: Exception) -> ApiError:
     return ApiError(500, _INTERNAL, code="internal_error")
 
 
-def too_many(message: str, retry_after: float, *, code: str, **headers: str) -> ApiError:
-    """429: to be asked again `retry_after` seconds later."""
-    wait = {"Retry-After": str(max(1, math.ceil(retry_after)))}
-    return ApiError(429, message, code=code, headers=wait | headers)
+def _too_many(error: OverloadedError) -> ApiError:
+    headers = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
+    code = error.code if isinstance(error, LimitError) else "overloaded"
+    if code == QUOTA:
+        # clients of the OpenAI API would ask again at once
+        headers["x-should-retry"] = "false"
+    return ApiError(429, str(error), code=code, headers=headers)
 
 
 def install(app: FastAPI) -> None:
