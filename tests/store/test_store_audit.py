@@ -9,6 +9,7 @@ import time
 import pytest
 from tests.store.small_records import record
 
+from modicum.errors import NotStoredError
 from modicum.store import Store
 from modicum.store.catalogue import audit
 
@@ -181,3 +182,28 @@ def test_the_actor_is_asked_for_in_turn(tmp_path, monkeypatch):
     assert Store(tmp_path / "a", actor="ada").actor == "ada"
     monkeypatch.delenv("MODICUM_ACTOR")
     assert "@" in Store(tmp_path / "a").actor
+
+
+def test_what_an_experiment_does_is_logged_under_every_name_of_it(folder):
+    with Store(folder, actor="bob") as store:
+        before = store.head()
+        store.acting("cy").experiment({"one": {"experiment": "t", "did": "start"}, "two": {"did": "start"}})
+        first, second = store.log(after=before.entries)
+        assert (first.action, first.actor, first.name, first.detail["did"]) == (
+            "experiment",
+            "cy",
+            "one",
+            "start",
+        )
+        assert (second.name, second.detail) == ("two", {"did": "start"})
+        assert store.actor == "bob"
+        assert store.verify(expected=before).faults == ()
+        with pytest.raises(NotStoredError, match="three"):
+            store.experiment({"one": {"did": "stop"}, "three": {"did": "stop"}})
+        assert store.head().entries == before.entries + 2
+        # what was private in it goes with the name
+        store.purge("one")
+        assert store.verify().faults == ()
+        entry = store.log(after=before.entries)[0]
+        assert entry.redacted
+        assert entry.detail == {}

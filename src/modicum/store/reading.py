@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar, final
 from modicum.errors import CorruptAdapterError
 from modicum.store.catalogue import audit, listing
 from modicum.store.catalogue.listing import Filter, Stats, check_filter
-from modicum.store.catalogue.lookup import Version, describe, find_name, resolve
+from modicum.store.catalogue.lookup import Version, describe, find, find_name, resolve
 from modicum.store.catalogue.names import Reference, check_name, reference
 from modicum.store.objects import stated_digest
 from modicum.store.record import Record, decode
@@ -57,7 +57,7 @@ class Readable(abc.ABC):
     def get_bytes(self, version: str | Reference) -> bytes:
         """The bytes of a version's record, as in a `.modicum` file, checked to the last bit."""
         wanted = reference(version)
-        return self._read(lambda view: _checked(view, [resolve(view, wanted)])[0][0])
+        return self._read(lambda view: bytes(_checked(view, [resolve(view, wanted)])[0][0]))
 
     def get_many(self, versions: Iterable[str | Reference]) -> Stack:
         """The records of many versions of one kind as one block of numbers, seen at one moment.
@@ -82,6 +82,15 @@ class Readable(abc.ABC):
         """
         wanted = reference(version)
         return self._read(lambda view: describe(view, resolve(view, wanted)))
+
+    def find(self, *versions: str | Reference) -> str | None:
+        """`name@3` of the first of these references that refers to something, all seen at one moment; else None."""
+        wanted = [reference(version) for version in versions]
+        return self._read(lambda view: next((str(one) for one in _found(view, wanted)), None))
+
+    def names(self, pattern: str = "*", *, after: str = "", limit: int = 100) -> list[str]:
+        """Up to `limit` names that match the pattern, in order, behind the name `after`."""
+        return self._read(lambda view: listing.names(view, pattern, after, limit))
 
     def ls(self, wanted: Filter | str | None = None, *, limit: int | None = None) -> list[Version]:
         """The versions that meet the conditions (or whose names match a pattern), by name and version."""
@@ -145,6 +154,10 @@ def _as_filter(wanted: Filter | str | None) -> Filter:
     return check_filter(wanted if isinstance(wanted, Filter) else Filter(name=wanted))
 
 
+def _found(view: Snapshot, wanted: Iterable[Reference]) -> Iterator[Found]:
+    return (found for one in wanted if (found := find(view, one)) is not None)
+
+
 def _records(view: Snapshot, found: Sequence[Found]) -> list[Record]:
     return [record for _, record in _checked(view, found)]
 
@@ -156,12 +169,12 @@ def _still_there(view: Snapshot, page: Sequence[Found]) -> list[tuple[str, Recor
     return [(str(one), record) for one, record in zip(there, _records(view, there), strict=True)]
 
 
-def _checked(view: Snapshot, found: Sequence[Found]) -> list[tuple[bytes, Record]]:
+def _checked(view: Snapshot, found: Sequence[Found]) -> list[tuple[bytes | memoryview, Record]]:
     """Bytes and record of each version; `decode` has checked them against the digest that they state."""
     return list(map(_decoded, found, view.load([one.object for one in found])))
 
 
-def _decoded(one: Found, stored: Stored) -> tuple[bytes, Record]:
+def _decoded(one: Found, stored: Stored) -> tuple[bytes | memoryview, Record]:
     try:
         record = decode(stored.data)
     except CorruptAdapterError as error:

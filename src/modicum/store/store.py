@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import getpass
 import itertools
 import os
@@ -95,6 +96,12 @@ class Store(Readable):
 
     def __repr__(self) -> str:
         return f"Store({self._backend.location!r})"
+
+    def acting(self, actor: str) -> Store:
+        """The same store, for changes that the log says `actor` made; it is open as long as this one."""
+        other = copy.copy(self)
+        other.actor = check_text(actor, "actor")
+        return other
 
     def close(self) -> None:
         """Returns when no file is held open any more."""
@@ -202,6 +209,19 @@ class Store(Readable):
     def note(self, version: str | Reference, text: str | None) -> None:
         """Returns when `text` is the version's note; None takes it away. Earlier notes stay in the log."""
         self._about(reference(version), lambda change, name, found: labels.note(change, name, found, text))
+
+    def experiment(self, about: Mapping[str, Mapping[str, Any]]) -> None:
+        """Returns when the log has an entry under every name in `about`: what an experiment does with that adapter.
+
+        Raises:
+            NotStoredError: there is no such name; nothing is logged then.
+        """
+        with self._change() as change:
+            named = [(find_name(change, check_name(name)), detail) for name, detail in about.items()]
+            drafts = [
+                Draft("experiment", name.id, name.pseudonym, detail=dict(detail)) for name, detail in named
+            ]
+            audit.append(change, self.actor, drafts)
 
     def remove(self, name: str, version: int) -> None:
         """Returns when the version is in the store no longer; `gc` gives its space back, `purge` overwrites it at once.

@@ -45,7 +45,7 @@ class Entry:
     seq: int
     at: datetime
     actor: str
-    #: put, alias, unalias, rollback, tag, untag, metrics, note, remove, purge, erased, compact
+    #: put, alias, unalias, rollback, tag, untag, metrics, note, remove, purge, erased, compact, experiment
     action: str
     #: None where it is about the whole store; `purged:` and 12 digits after a purge
     name: str | None

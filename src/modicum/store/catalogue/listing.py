@@ -114,6 +114,23 @@ def page(
     return [found for found in rows if wanted.matches(found.name)], following
 
 
+def names(view: Snapshot, pattern: str, after: str, size: int) -> list[str]:
+    """Up to `size` names that match the pattern and have a version, in order, behind `after`."""
+    wanted, found = Filter(name=pattern), list[str]()
+    query = (
+        "SELECT n.name FROM names n WHERE {} AND n.name > ? "
+        "AND EXISTS (SELECT 1 FROM versions v WHERE v.name = n.id) ORDER BY n.name LIMIT ?"
+    )
+    while len(found) < size:
+        where, values = wanted.where(after)
+        page = [name for (name,) in view.rows(query.format(where), *values, after, size)]
+        found += [name for name in page if wanted.matches(name)]
+        if len(page) < size:
+            break
+        after = page[-1]
+    return found[:size]
+
+
 def stats(view: Snapshot, disk: dict[str, int], largest: int) -> Stats:
     """What a store holds; `largest`: how many names with the most bytes are listed."""
 

@@ -103,12 +103,8 @@ def find_name(view: Snapshot, name: str) -> Name:
     return Name(*found[0])
 
 
-def resolve(view: Snapshot, wanted: Reference) -> Found:
-    """The version that `wanted` refers to.
-
-    Raises:
-        NotStoredError: no such name, version or alias; what there is is named.
-    """
+def find(view: Snapshot, wanted: Reference) -> Found | None:
+    """The version that `wanted` refers to, None if there is no such thing."""
     if wanted.selector == LATEST:
         found = view.rows(_NEWEST, wanted.name)
     elif isinstance(wanted.selector, int) and not 0 < wanted.selector < _TOO_MANY:
@@ -116,8 +112,18 @@ def resolve(view: Snapshot, wanted: Reference) -> Found:
     else:
         query = _BY_NUMBER if isinstance(wanted.selector, int) else _BY_ALIAS
         found = view.rows(query, wanted.name, wanted.selector)
-    if found:
-        return Found(*found[0])
+    return Found(*found[0]) if found else None
+
+
+def resolve(view: Snapshot, wanted: Reference) -> Found:
+    """The version that `wanted` refers to.
+
+    Raises:
+        NotStoredError: no such name, version or alias; what there is is named.
+    """
+    found = find(view, wanted)
+    if found is not None:
+        return found
     name = find_name(view, wanted.name)
     if wanted.selector == LATEST:
         raise NotStoredError(f"all versions of {name.name!r} were removed")

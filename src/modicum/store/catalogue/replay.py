@@ -264,6 +264,10 @@ def _purge(state: _State, version: int | None, about: dict[str, Any]) -> None:
     vars(state).update(vars(_State(latest=latest, purged=True)))
 
 
+def _experiment(_state: _State, _version: int | None, _about: dict[str, Any]) -> None:
+    """Tells of what was tried with a name; moves of aliases have entries of their own."""
+
+
 _ACTIONS: dict[str, Callable[[_State, Any, dict[str, Any]], None]] = {
     "put": _put,
     "alias": _alias,
@@ -275,4 +279,5 @@ _ACTIONS: dict[str, Callable[[_State, Any, dict[str, Any]], None]] = {
     "note": _note,
     "remove": _remove,
     "purge": _purge,
+    "experiment": _experiment,
 }
