@@ -1,20 +1,23 @@
 """A store of many adapters: how fast it is written and read, what it takes, against folders and plain SQLite blobs.
 
 Records are LoRA-XS adapters (r = 16, bfloat16, q and v of as many layers as the size asks for) with normal random
-numbers and real headers, under names of users. All arms run in one process after each other on the same disk. "Cold":
-the kernel was told to forget all files, the store is opened anew, and every adapter is read once. "First" is
-stricter: the kernel forgets everything again before every single read.
+numbers and real headers, under names of users. All arms run in one process after each other on the same disk.
+"Cold": before every single read the kernel was told to forget all files; the store has been open and in use, as in a
+server. "First" is stricter: the store is opened anew for every read as well.
 
     python benchmarks/store/load.py --records 50000 --bytes 10240
-    python benchmarks/store/load.py --records 1000000 --bytes 10240 --folder FOLDER   # 11 GB, some minutes
+    python benchmarks/store/load.py --records 1000000 --bytes 10240 --store FOLDER   # 11 GB, some minutes
+
+A store that `--store` names is kept, and filled up to the number of records first; then some more are added, which is
+what the rates of writing are taken from.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-import shutil
 import sqlite3
 import subprocess
 import sys
@@ -33,7 +36,7 @@ from modicum.store import Store
 from modicum.store.record import Record, build, encode
 
 sys.path.insert(0, str(Path(__file__).parent))
-from measured import forget, percentiles
+from measured import fetched, forget, percentiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -83,8 +86,8 @@ def records(count: int, size: int, seed: int = 0) -> Iterator[tuple[str, Record]
         )
 
 
-def chunks(count: int, size: int) -> Iterator[list[tuple[str, Record]]]:
-    made = records(count, size)
+def chunks(count: int, size: int, seed: int = 0) -> Iterator[list[tuple[str, Record]]]:
+    made = records(count, size, seed)
     for at in range(0, count, _CHUNK):
         yield [next(made) for _ in range(min(_CHUNK, count - at))]
 
@@ -107,68 +110,103 @@ def forget_all(folder: Path) -> None:
 
 
 def ours(folder: Path, given: argparse.Namespace) -> dict:
-    rng, names, payload, seconds = np.random.default_rng(1), [], 0, 0.0
-    with Store(folder, create=True) as store:
-        for chunk in chunks(given.records, given.bytes):
-            seconds += timed(lambda chunk=chunk: store.put_many(chunk))
-            names += [name for name, _ in chunk]
-            payload += sum(len(encode(record)) for _, record in chunk[:1]) * len(chunk)
-            print(f"\r{len(names):,} of {given.records:,}", end="", file=sys.stderr)
-        singles = list(records(given.singles, given.bytes, seed=2))
-        single = [timed(lambda one=one: store.put(f"single/{one[0]}", one[1])) for one in singles]
-    total = given.records + given.singles
-    payload += given.singles * len(encode(singles[0][1]))
+    rng = np.random.default_rng(1)
+    fill(folder, given)
+    with Store(folder) as store:
+        result = writing(store, given)
+        found = store.stats()
     disk = disk_bytes(folder)
-    limit = _FACTOR * payload + _EXTRA * total
-    result: dict[str, Any] = {
-        "records": total,
-        "record_bytes": payload // total,
-        "batched_records_per_second": round(given.records / seconds),
-        "single_commit_ms": percentiles(single, 1e3),
-        "disk_bytes_per_record": round(disk / total, 1),
-        "disk_bytes_allowed_per_record": round(limit / total, 1),
+    limit = _FACTOR * found.record_bytes + _EXTRA * found.versions
+    result = {
+        "records": found.versions,
+        "record_bytes": found.record_bytes // found.versions,
+        **result,
+        "disk_bytes_per_record": round(disk / found.versions, 1),
+        "disk_bytes_allowed_per_record": round(limit / found.versions, 1),
     }
-    drawn = rng.choice(names, given.reads).tolist()
+    names = users(folder)
+    drawn = rng.choice(names, given.reads, replace=False).tolist()
     result["reader"] = reader(folder, drawn[:1000])
     result |= reading(folder, drawn, rng, names)
     with Store(folder) as store:
         result["verify_seconds"] = round(timed(store.verify), 2)
-        removed = names[:220]
+        removed = rng.choice(names, 220, replace=False).tolist()
         result["remove_ms"] = percentiles([timed(lambda n=n: store.remove(n, 1)) for n in removed[:200]], 1e3)
-        result["purge_ms"] = percentiles([timed(lambda n=n: store.purge(n)) for n in removed[200:220]], 1e3)
+        result["purge_ms"] = percentiles([timed(lambda n=n: store.purge(n)) for n in removed[200:]], 1e3)
         result["ls_100_ms"] = round(1e3 * timed(lambda: store.ls(limit=100)), 2)
         result["stats_seconds"] = round(timed(store.stats), 2)
     return result
 
 
+def fill(folder: Path, given: argparse.Namespace) -> None:
+    """Returns when the store has as many records as wanted; what an earlier run has made counts."""
+    with Store(folder, create=True) as store:
+        there = store.stats().versions
+        for chunk in chunks(max(0, given.records - there), given.bytes, seed=there):
+            store.put_many(chunk)
+            there += len(chunk)
+            print(f"\r{there:,} of {given.records:,}", end="", file=sys.stderr)
+
+
+def writing(store: Store, given: argparse.Namespace) -> dict:
+    """What it takes to add records to what is there already, in batches and one by one."""
+    before, seconds = store.stats().entries, 0.0
+    for chunk in chunks(given.added, given.bytes, seed=before):
+        seconds += timed(lambda chunk=chunk: store.put_many(chunk))
+    singles = list(records(given.singles, given.bytes, seed=before + 1))
+    single = [timed(lambda one=one: store.put(f"single/{one[0]}", one[1])) for one in singles]
+    return {
+        "batched_records_per_second": round(given.added / seconds),
+        "single_commit_ms": percentiles(single, 1e3),
+    }
+
+
+def users(folder: Path) -> list[str]:
+    """The names of everybody who has version 1; `Store.ls` would look up a million descriptions."""
+    query = "SELECT n.name FROM names n JOIN versions v ON v.name = n.id WHERE n.name GLOB 'users/*' AND v.version = 1"
+    with contextlib.closing(sqlite3.connect(folder / "index.sqlite")) as index:
+        return [name for (name,) in index.execute(query)]
+
+
 def reading(folder: Path, drawn: list[str], rng: np.random.Generator, names: list[str]) -> dict:
-    def groups(count: int) -> list[list[str]]:
-        return [rng.choice(names, 64, replace=False).tolist() for _ in range(count)]
+    def tensor(store: Store, wanted: list[str]) -> float:
+        return timed(lambda: store.get_many(wanted).tensor())
 
-    def first(wanted: list) -> list[float]:
-        return [time for one in wanted for time in cold([one])]
+    def cold(store: Store, wanted: list[list[str]]) -> tuple[dict, float]:
+        """Times, and KiB that each read has fetched from the disk: proof that the kernel had forgotten."""
+        times, before = [], fetched()
+        for one in wanted:
+            forget_all(folder)
+            times.append(tensor(store, one))
+        return percentiles(times, 1e3), round((fetched() - before) / len(wanted) / 1024, 1)
 
-    def cold(wanted: list) -> list[float]:
+    def first(wanted: list[str]) -> float:
         forget_all(folder)
         with Store(folder) as store:
-            return [timed(lambda one=one: store.get_many(one).tensor()) for one in wanted]
+            return tensor(store, wanted)
 
+    singly = [[name] for name in drawn]
+    together = [rng.choice(names, 64, replace=False).tolist() for _ in range(300)]
     with Store(folder) as store:
         for name in drawn:
             store.get(name)
         warm = [timed(lambda name=name: store.get(name)) for name in drawn]
-        tensor = [timed(lambda name=name: store.get_many([name]).tensor()) for name in drawn]
-        together = groups(50)
-        for names_ in together:
-            store.get_many(names_)
-        many = [timed(lambda n=n: store.get_many(n).tensor()) for n in together for _ in range(4)]
+        alone = [tensor(store, one) for one in singly]
+        for some in together[:50]:
+            store.get_many(some)
+        many = [tensor(store, some) for _ in range(4) for some in together[:50]]
+        cold_one, one_kib = cold(store, singly[:2000])
+        cold_many, many_kib = cold(store, together[50:])
     return {
         "warm_get_us": percentiles(warm, 1e6),
-        "warm_tensor_us": percentiles(tensor, 1e6),
-        "cold_tensor_ms": percentiles(cold([[name] for name in dict.fromkeys(drawn)][:2000]), 1e3),
-        "first_tensor_ms": percentiles(first([[name] for name in drawn[:100]]), 1e3),
+        "warm_tensor_us": percentiles(alone, 1e6),
+        "cold_tensor_ms": cold_one,
+        "cold_tensor_kib_from_disk": one_kib,
+        "first_tensor_ms": percentiles([first(one) for one in singly[:500]], 1e3),
         "warm_get_many_64_ms": percentiles(many, 1e3),
-        "cold_get_many_64_ms": percentiles(cold(groups(60)), 1e3),
+        "cold_get_many_64_ms": cold_many,
+        "cold_get_many_64_kib_from_disk": many_kib,
+        "first_get_many_64_ms": percentiles([first(some) for some in together[50:150]], 1e3),
     }
 
 
@@ -207,7 +245,7 @@ def peft_folders(folder: Path, given: argparse.Namespace) -> dict:
         json.loads((folder / name / "adapter_config.json").read_text())
         return load_file(folder / name / "adapter_model.safetensors")
 
-    return baseline(folder, given, names, payload, seconds, read)
+    return baseline(folder, given, names, payload, seconds, read, lambda name: folder / name)
 
 
 def sqlite_blobs(folder: Path, given: argparse.Namespace) -> dict:
@@ -235,7 +273,7 @@ def sqlite_blobs(folder: Path, given: argparse.Namespace) -> dict:
         return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
     db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-    result = baseline(folder, given, names, payload, seconds, read)
+    result = baseline(folder, given, names, payload, seconds, read, lambda _: folder)
     db.close()
     return result
 
@@ -247,11 +285,15 @@ def baseline(
     payload: int,
     seconds: float,
     read: Callable[[str], object],
+    kept_in: Callable[[str], Path],
 ) -> dict:
-    drawn = np.random.default_rng(1).choice(names, min(given.reads, 2000)).tolist()
+    """What reading takes; `kept_in`: the folder that an adapter is read from."""
+    drawn = np.random.default_rng(1).choice(names, min(given.reads, 2000), replace=False).tolist()
     os.sync()
-    forget_all(folder)
-    cold = [timed(lambda name=name: read(name)) for name in dict.fromkeys(drawn)]
+    cold = []
+    for name in drawn:
+        forget_all(kept_in(name))
+        cold.append(timed(lambda name=name: read(name)))
     for name in drawn:
         read(name)
     return {
@@ -287,6 +329,7 @@ def shown(result: dict[str, Any]) -> dict[str, Any]:
         ["bytes on disk, each", *numbers("disk_bytes_per_record")],
         ["read as tensor, cold, ms", *spread("cold_tensor_ms", 2)],
         ["read as tensor, warm, ms", *spread("warm_tensor_us", 3, 1e-3)],
+        ["the same, the first of a new reader, ms", *spread("first_tensor_ms", 2)],
         ["64 as one tensor, cold, ms", *spread("cold_get_many_64_ms", 1)],
         ["64 as one tensor, warm, ms", *spread("warm_get_many_64_ms", 1)],
         ["opening, ms", *numbers("open_ms", 1, "reader")],
@@ -295,7 +338,8 @@ def shown(result: dict[str, Any]) -> dict[str, Any]:
         ["purge of one, ms", *spread("purge_ms", 0)],
     ]
     note = (
-        "Two numbers are median and 99th percentile. Cold: the system was told to forget all files before each read. "
+        "Two numbers are median and 99th percentile. Cold: the system was told to forget all files before each read, "
+        "while the reader has been open and in use (folders: the two files; their names stay known to the system). "
         "Folders hold one safetensors file and one configuration each, as PEFT saves them. Blobs are bytes by name; "
         f"nothing checks or decodes them. Made by `{result['command']}`."
     )
@@ -308,7 +352,9 @@ def main() -> None:
     )
     parser.add_argument("--records", type=int, default=50_000)
     parser.add_argument("--bytes", type=int, default=10_240)
+    parser.add_argument("--added", type=int, default=20_000, help="records put in batches behind the others")
     parser.add_argument("--singles", type=int, default=500, help="records put with a commit each")
+    parser.add_argument("--store", type=Path, help="the store to use and to keep, filled up if need be")
     parser.add_argument("--reads", type=int, default=5000)
     parser.add_argument("--baseline", type=int, default=50_000, help="records of the arms beside the store")
     parser.add_argument("--folder", type=Path, help="where the stores are made; a temporary folder otherwise")
@@ -321,11 +367,12 @@ def main() -> None:
     }
     arms = {"store": ours, "folders of safetensors": peft_folders, "SQLite blobs": sqlite_blobs}
     for name, arm in arms.items():
-        folder = Path(tempfile.mkdtemp(dir=given.folder))
-        try:
+        with contextlib.ExitStack() as stack:
+            if arm is ours and given.store is not None:
+                folder = given.store
+            else:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=given.folder)))
             result[name] = arm(folder, given)
-        finally:
-            shutil.rmtree(folder)
     result = {"table": shown(result), **result}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"load-{given.records}-{given.bytes}.json").write_text(json.dumps(result, indent=2) + "\n")

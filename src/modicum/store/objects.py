@@ -10,7 +10,7 @@ from modicum.store import record
 DIGEST_BYTES = 32
 
 
-def digest_of(data: bytes) -> bytes:
+def digest_of(data: bytes | memoryview) -> bytes:
     """The 32-byte digest of an object, computed from its bytes; that of a record is the one its header states.
 
     Raises:
@@ -21,12 +21,12 @@ def digest_of(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
 
 
-def stated_digest(data: bytes) -> bytes:
+def stated_digest(data: bytes | memoryview) -> bytes:
     """What an encoded record states as its digest; for bytes that `encode` has just made, or `decode` will check."""
     return bytes(data[record.HEADER_BYTES - DIGEST_BYTES : record.HEADER_BYTES])
 
 
-def intact(data: bytes, digest: bytes) -> bool:
+def intact(data: bytes | memoryview, digest: bytes) -> bool:
     """Whether `data` is the object with this digest, to the last bit."""
     try:
         return digest_of(data) == digest

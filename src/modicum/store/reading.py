@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from modicum.store.catalogue.audit import Entry, Head
     from modicum.store.catalogue.lookup import Found
-    from modicum.store.engine.interface import Backend, Snapshot, Stored
+    from modicum.store.engine.interface import Backend, Data, Snapshot, Stored
 
 T = TypeVar("T")
 #: versions looked up, and records read, at a time
@@ -169,12 +169,12 @@ def _still_there(view: Snapshot, page: Sequence[Found]) -> list[tuple[str, Recor
     return [(str(one), record) for one, record in zip(there, _records(view, there), strict=True)]
 
 
-def _checked(view: Snapshot, found: Sequence[Found]) -> list[tuple[bytes | memoryview, Record]]:
+def _checked(view: Snapshot, found: Sequence[Found]) -> list[tuple[Data, Record]]:
     """Bytes and record of each version; `decode` has checked them against the digest that they state."""
     return list(map(_decoded, found, view.load([one.object for one in found])))
 
 
-def _decoded(one: Found, stored: Stored) -> tuple[bytes | memoryview, Record]:
+def _decoded(one: Found, stored: Stored) -> tuple[Data, Record]:
     try:
         record = decode(stored.data)
     except CorruptAdapterError as error:

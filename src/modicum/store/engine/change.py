@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Iterable, Sequence
 
+    from modicum.store.engine.interface import Data
     from modicum.store.engine.segments import Segment, Segments
 
 #: bytes put together for one write
@@ -128,11 +129,11 @@ class EmbeddedChange(View):
         """Returns when the places are listed as overwritten."""
         self.run_many("UPDATE dead SET erase = 2 WHERE id = ?", ((number,) for number in places))
 
-    def write(self, objects: Sequence[bytes]) -> list[tuple[int, int]]:
+    def write(self, objects: Sequence[Data]) -> list[tuple[int, int]]:
         """(segment, start) of each of the objects, in the last segment or in new ones; they are on the disk."""
         places: list[tuple[int, int]] = []
         number, end = self._last()
-        batch: list[bytes] = []
+        batch: list[Data] = []
         size = 0
         for data in objects:
             full = end + size + framed(len(data)) > self._segment_bytes and end + size > START
@@ -152,7 +153,7 @@ class EmbeddedChange(View):
         self._before[number] = 0
         return number, self._segments.create(number)
 
-    def move(self, objects: Sequence[tuple[int, bytes]]) -> None:
+    def move(self, objects: Sequence[tuple[int, Data]]) -> None:
         """Returns when the objects (number, data) lie in the last segment and their old places are nobody's."""
         for number, _ in objects:
             self._bury(number)
@@ -171,7 +172,7 @@ class EmbeddedChange(View):
                 else:
                     self._segments.unlink(number)
 
-    def _append(self, number: int, end: int, objects: list[bytes]) -> list[tuple[int, int]]:
+    def _append(self, number: int, end: int, objects: list[Data]) -> list[tuple[int, int]]:
         self._before.setdefault(number, end)
         starts = self._segments.append(number, end, objects)
         self.run(

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
+#: the bytes of an object, as they are given or as they were read
+Data = bytes | memoryview
+
 
 class MovedError(ModicumError):
     """An object is no longer where a view says; a fresh view knows. Caught by the store."""
@@ -34,7 +37,7 @@ class Stored:
     """An object as read: the digest under which it is listed, and bytes that are not checked against it yet."""
 
     digest: bytes
-    data: bytes
+    data: Data
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from modicum.store.engine.change import EmbeddedChange
+    from modicum.store.engine.interface import Data
     from modicum.store.engine.sqlite import Embedded
 
 LOCK = "maintenance.lock"
@@ -121,7 +122,7 @@ def _empty(store: Embedded, number: int, faults: list[str]) -> int:
     return moved
 
 
-def _whole(change: EmbeddedChange, one: int, number: int, faults: list[str]) -> tuple[int, bytes] | None:
+def _whole(change: EmbeddedChange, one: int, number: int, faults: list[str]) -> tuple[int, Data] | None:
     """Object `one` and its bytes, if it is still in segment `number` and whole."""
     if not change.rows("SELECT 1 FROM objects WHERE id = ? AND segment = ?", one, number):
         return None  # removed meanwhile

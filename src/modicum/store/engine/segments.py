@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from modicum.store.engine.interface import Data
+
 SUFFIX = ".seg"
 _HEAD = struct.Struct("<8sHxxIQ4s")
 _FILE_MAGIC = b"\x8aMODSEG\n"
@@ -35,6 +37,8 @@ _flush = getattr(os, "fdatasync", os.fsync)
 _advise = getattr(os, "posix_fadvise", None)
 #: files held open by one process; a store of this many segments has a terabyte and more
 _MOST_OPEN = 512
+#: bytes that are read before anything says that they are there
+_SMALL = 1 << 20
 #: bytes overwritten at a time
 _ZEROS = 1 << 20
 
@@ -54,20 +58,22 @@ class Segment:
         if hasattr(self, "handle"):
             os.close(self.handle)
 
-    def read(self, start: int, size: int) -> bytes:
-        """The object of `size` bytes whose frame is at `start`; its contents are not checked.
+    def read(self, start: int, size: int) -> memoryview:
+        """The object of `size` bytes whose frame is at `start`, read-only; its contents are not checked.
 
         Raises:
             MovedError: it was erased.
             CorruptAdapterError: there is no such frame, or the file ends before it does.
         """
-        front = os.pread(self.handle, FRAME_BYTES, start)
+        # frame and object at once: the disk is asked once, and the system, which would take a second read of what
+        # follows for the beginning of a stream, does not fetch more than is wanted
+        known = size <= _SMALL or os.pread(self.handle, FRAME_BYTES, start) == frame(size)
+        found = os.pread(self.handle, FRAME_BYTES + (size if known else 0), start)
+        front = found[:FRAME_BYTES]
         if front[: len(_ERASED)] == _ERASED:
             raise MovedError(f"{self.path.name} at {start}: erased")
-        # read by itself rather than cut off its frame: that would copy it
-        data = os.pread(self.handle, size, start + FRAME_BYTES) if front == frame(size) else b""
-        if len(data) == size and front == frame(size):
-            return data
+        if front == frame(size) and len(found) == FRAME_BYTES + size:
+            return memoryview(found)[FRAME_BYTES:]
         whole = os.fstat(self.handle).st_size >= start + FRAME_BYTES + size
         fault = "no object starts there" if whole else "the file is cut short"
         raise CorruptAdapterError(
@@ -150,7 +156,7 @@ class Segments:
         flush(self.folder)
         return START
 
-    def append(self, number: int, end: int, objects: Sequence[bytes]) -> list[int]:
+    def append(self, number: int, end: int, objects: Sequence[Data]) -> list[int]:
         """The starts of the frames of `objects`, written at `end` of segment `number` and on the disk.
 
         What lies behind `end` belongs to nobody and is cut off first; if the disk is full, so is what was written.
