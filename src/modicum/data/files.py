@@ -106,27 +106,44 @@ def read_files(files: list[Path], source: str = "") -> Rows:
     places: list[tuple[str, int]] = []
     faults: list[str] = []
     for file in files:
-        reader = _READERS.get(_kind(file))
-        if reader is None:
-            known = sorted(_READERS)
-            raise DataError(
-                f"{file}: unknown file type {_kind(file)!r}{did_you_mean(_kind(file), known)}; readable are "
-                f"{', '.join(known)}, each also compressed as .gz or .xz"
-            )
-        try:
-            for line, row in reader(file):
-                if isinstance(row, str):
-                    faults.append(f"{file}:{line}: {row}")
-                else:
-                    rows.append(row)
-                    places.append((file.name, line))
-        except (EOFError, lzma.LZMAError, gzip.BadGzipFile, UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f"{file} is damaged or not what its name says: {error}") from error
+        for line, row in stream(file):
+            if isinstance(row, str):
+                faults.append(f"{file}:{line}: {row}")
+            else:
+                rows.append(row)
+                places.append((file.name, line))
     if faults:
         raise DataError(f"{len(faults)} unreadable rows: " + listing(faults, 10))
     if not rows:
         raise DataError(f"{source or listing([str(f) for f in files])} holds no rows")
     return Rows(source or str(files[0]), rows, places)
+
+
+def stream(file: Path) -> Iterator[tuple[int, Row | str]]:
+    """(line, row) of one file after the other, without holding them; a row that cannot be read is its fault, a string.
+
+    Raises:
+        DataError: unknown file type, or the file is damaged.
+    """
+    reader = _READERS.get(_kind(file))
+    if reader is None:
+        known = sorted(_READERS)
+        raise DataError(
+            f"{file}: unknown file type {_kind(file)!r}{did_you_mean(_kind(file), known)}; readable are "
+            f"{', '.join(known)}, each also compressed as .gz or .xz"
+        )
+    try:
+        yield from reader(file)
+    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{file} is damaged or not what its name says: {error}") from error
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files below `folder` that `stream` reads, in order of their paths; hidden ones are left out."""
+    found = (path for path in folder.rglob("*") if path.is_file() and _kind(path) in _READERS)
+    return sorted(
+        path for path in found if not any(p.startswith(".") for p in path.relative_to(folder).parts)
+    )
 
 
 def _kind(file: Path) -> str:

@@ -1,0 +1,1 @@
+"""Many users' adapters trained together: cohorts on one base model, streamed into the store."""
