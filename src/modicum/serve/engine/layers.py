@@ -1,0 +1,214 @@
+"""Linear layers that read each token's adapter from the pool, and what they share during a step.
+
+    y  = W x + b                           for every token, at once
+    y += U core(token) (A x)               LoRA-XS; where y is narrower than x, A x is read off it as Uᵀ(y − b)
+    y += scaling B(token) A(token) x       anything else of low rank
+
+A step names the slot of every token once; the layers only compute.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modicum.serve.engine.families import LANES, ROWS, padded
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from modicum.adapters.site import LayerBasis, Site
+    from modicum.serve.engine.families import Family
+    from modicum.serve.engine.shelves import Row
+
+
+class Direction(NamedTuple):
+    """The frozen directions of one layer that all cores of a basis share; rows are padded with zeros."""
+
+    #: (k, in); None where A x is read off the output
+    a: Tensor | None
+    #: (k, out)
+    ut: Tensor
+    #: (k,) float32, Uᵀ b: what the bias adds to Uᵀ y
+    shift: Tensor | None
+
+    @property
+    def bytes(self) -> int:
+        """What they take."""
+        return sum(t.numel() * t.element_size() for t in self if t is not None)
+
+
+@final
+class Directions:
+    """The shared directions of all layers, each made once for a basis and kept."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.all: list[Direction] = []
+        self._known: dict[tuple[int, str], int] = {}
+
+    @property
+    def bytes(self) -> int:
+        """All of them together."""
+        return sum(found.bytes for found in list(self.all))
+
+    def add(self, layer: int, key: str, basis: LayerBasis, site: Site) -> int:
+        """The number of the directions that the layer has in the basis called `key`."""
+        if (layer, key) not in self._known:
+            ut = self._whole(basis.ut)
+            if basis.a is not None:
+                found = Direction(self._whole(basis.a), ut, None)
+            else:
+                bias = site.bias
+                found = Direction(None, ut, None if bias is None else ut.float() @ bias.detach().float())
+            self.all.append(found)
+            self._known[layer, key] = len(self.all) - 1
+        return self._known[layer, key]
+
+    def _whole(self, rows: Tensor) -> Tensor:
+        missing = padded(len(rows), LANES) - len(rows)
+        return F.pad(rows.detach().to(self.dtype), (0, 0, 0, missing)).contiguous()
+
+
+class Part(NamedTuple):
+    """Tokens of one step under one adapter."""
+
+    family: Family
+    row: Row
+    #: indices of the tokens
+    tokens: Tensor
+
+
+@final
+class _Group:
+    """Tokens of adapters of one family whose rows lie in one block, for torch."""
+
+    def __init__(self, parts: Sequence[Part], device: torch.device) -> None:
+        self.family, self.block = parts[0].family, parts[0].row.block
+        self.rows = torch.tensor([part.row.place for part in parts], device=device)
+        self.tokens = torch.cat([part.tokens for part in parts]).to(device)
+        counts = [len(part.tokens) for part in parts]
+        self.width = max(counts)
+        #: where each token lies when all adapters have as many as the longest; None if they do
+        self.lanes: Tensor | None = None
+        if min(counts) != self.width:
+            places = [place * self.width + torch.arange(count) for place, count in enumerate(counts)]
+            self.lanes = torch.cat(places).to(device)
+        #: of cores: those of all layers, gathered once for the step
+        self.cores = self.block.index_select(0, self.rows) if self.family.shared else None
+
+    def taken(self, start: int, count: int) -> Tensor:
+        """Numbers of each adapter (adapters, count)."""
+        if self.cores is not None:
+            return self.cores[:, start : start + count]
+        return self.block[:, start : start + count].index_select(0, self.rows)
+
+    def times(self, x: Tensor, matrices: Tensor) -> Tensor:
+        """Each token's row of x (tokens, n) times the matrix (adapters, n, m) of its adapter."""
+        if self.lanes is None:
+            return torch.bmm(x.view(len(matrices), self.width, -1), matrices).flatten(0, 1)
+        wide = x.new_zeros(len(matrices) * self.width, x.shape[1])
+        wide[self.lanes] = x
+        return torch.bmm(wide.view(len(matrices), self.width, -1), matrices).flatten(0, 1)[self.lanes]
+
+
+@final
+class Batch:
+    """What the layers share during a step: which adapter every token has."""
+
+    def __init__(self, directions: Directions, shapes: Sequence[Any]) -> None:
+        self._directions, self._shapes = directions, shapes
+        #: whether a step runs in which a token has an adapter
+        self.active = False
+        self._tokens = 0
+        self._parts: list[Part] = []
+        self._groups: list[_Group] | None = None
+
+    def set(self, parts: Sequence[Part], tokens: int) -> None:
+        """Makes the next step one of so many tokens, of which `parts` have adapters."""
+        # neighbours share memory that was just read
+        self._parts = sorted(parts, key=lambda part: (id(part.family), id(part.row.block), part.row.place))
+        self._tokens, self._groups = tokens, None
+
+    def add(self, layer: int, x: Tensor, y: Tensor) -> None:
+        """Adds to y (…, out), in place, what the adapters make of x (…, in)."""
+        if x.numel() != self._tokens * x.shape[-1]:
+            raise RuntimeError(f"a step of {self._tokens} tokens, and a layer's input {tuple(x.shape)}")
+        x, rows = x.reshape(self._tokens, -1), y.view(self._tokens, -1)
+        for group in self._grouped(x.device):
+            place = group.family.places.get(layer)
+            if place is None:
+                continue
+            tokens = group.tokens
+            whole = len(tokens) == self._tokens and bool(self._in_order)
+            x_own, y_own = (x, rows) if whole else (x[tokens], rows[tokens])
+            add = self._from_cores if group.family.shared else self._from_factors
+            update = add(group, layer, x_own, y_own)
+            if whole:
+                rows += update
+            else:
+                rows.index_add_(0, tokens, update)
+
+    def _grouped(self, device: torch.device) -> list[_Group]:
+        if self._groups is None:
+            found: dict[tuple[int, int], list[Part]] = {}
+            for part in self._parts:
+                found.setdefault((id(part.family), id(part.row.block)), []).append(part)
+            self._groups = [_Group(parts, device) for parts in found.values()]
+            self._in_order = len(self._groups) == 1 and torch.equal(
+                self._groups[0].tokens, torch.arange(self._tokens, device=device)
+            )
+        return self._groups
+
+    def _from_cores(self, group: _Group, layer: int, x: Tensor, y: Tensor) -> Tensor:
+        rank, offset, number = group.family.places[layer]
+        a, ut, shift = self._directions.all[number]
+        if a is not None:
+            z = F.linear(x.to(ut.dtype), a[:rank])
+        else:
+            z = F.linear(y.to(ut.dtype), ut[:rank])
+            z = z if shift is None else z - shift[:rank].to(z.dtype)
+        lanes = padded(rank, LANES)
+        cores = group.taken(offset, rank * lanes).view(-1, rank, lanes)[..., :rank]
+        return (group.times(z, cores) @ ut[:rank]).to(y.dtype)
+
+    def _from_factors(self, group: _Group, layer: int, x: Tensor, y: Tensor) -> Tensor:
+        (rank, offset, _), shape = group.family.places[layer], self._shapes[layer]
+        middle = offset + padded(rank, ROWS) * shape.inputs
+        a = group.taken(offset, rank * shape.inputs).view(-1, rank, shape.inputs)
+        b = group.taken(middle, rank * shape.out).view(-1, rank, shape.out)
+        return group.times(group.times(x.to(a.dtype), a.transpose(1, 2)), b).to(y.dtype)
+
+
+@final
+class ServedLinear(nn.Module):
+    """A base layer, and in steps with adapters what they add to it."""
+
+    def __init__(self, base: nn.Module, layer: int, batch: Batch) -> None:
+        super().__init__()
+        self.base = base
+        self._layer, self._batch = layer, batch
+        self._dense = type(base) is nn.Linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The base layer's output with each token's adapter applied, shape (*batch, out)."""
+        base = cast("nn.Module", self._modules["base"])
+        if self._dense:
+            # without a second call through nn.Module
+            parts = base._parameters  # noqa: SLF001 - for every layer and token, attributes the long way take longer
+            y = F.linear(x, cast("Tensor", parts["weight"]), parts["bias"])
+        else:
+            y = base(x)
+        if self._batch.active:
+            self._batch.add(self._layer, x, y)
+        return y
+
+    def __getattr__(self, name: str) -> Any:
+        """What models ask of a linear layer (`weight`, `in_features`) is the base layer's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._modules["base"], name)

@@ -1,0 +1,344 @@
+"""The pool: adapters in memory, who uses them, and which one leaves when another one comes.
+
+A slot that requests use is never written to; what was read under one generation of it is never served under
+another. Loading happens in the caller's thread and stops nobody else's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast, final
+
+import torch
+
+from modicum.serve.engine.interface import (
+    AdapterUnavailableError,
+    Observer,
+    OverloadedError,
+    PoolStats,
+    Resident,
+)
+from modicum.serve.engine.layers import Batch, Directions, Part, ServedLinear
+from modicum.serve.engine.loader import Loader
+from modicum.serve.engine.shelves import Row, Shelves
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from torch import nn
+
+    from modicum.serve.engine.families import Family
+    from modicum.store.record import Record
+
+#: versions that `prefetch` loads at a time
+_LOADERS = 2
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to use a version until `Slots.release`."""
+
+    version: str
+    slot: int
+    generation: int
+
+
+@dataclass(eq=False)
+class _Held:
+    """A version in a slot."""
+
+    version: str
+    slot: int
+    #: leases, given out or waited for
+    uses: int = 1
+    pinned: bool = False
+    #: no new leases; the slot is freed with the last one
+    retired: bool = False
+    family: Family | None = None
+    row: Row | None = None
+    error: BaseException | None = None
+    ready: threading.Event = field(default_factory=threading.Event)
+
+    def resident(self) -> Resident:
+        assert self.family is not None
+        assert self.row is not None
+        about = self.family.method, self.family.rank, self.row.bytes
+        return Resident(self.version, *about, self.pinned, self.uses)
+
+
+@final
+class Slots:
+    """Adapters in memory, at most `slots`, on the linear layers of a model.
+
+    Layers are replaced in place by `ServedLinear` when the first adapter of a family needs them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        read: Callable[[str], Record],
+        *,
+        slots: int,
+        max_rank: int,
+        observer: Observer | None = None,
+    ) -> None:
+        """`read("ada@3")` gives a record, from any thread.
+
+        Raises:
+            ConfigError: the model carries adapters already.
+        """
+        first = next(p for p in model.parameters() if p.is_floating_point())
+        self._model, self._read, self._observer = model, read, observer or Observer()
+        self._directions = Directions(first.dtype)
+        self._loader = Loader(model, self._directions, max_rank)
+        self._shelves = Shelves(slots, first.dtype, first.device)
+        self._batch = Batch(self._directions, self._loader.shapes)
+        self._served: dict[str, ServedLinear] = {}
+        self._lock = threading.Lock()
+        self._prefetching: ThreadPoolExecutor | None = None
+        #: the last used last; retired versions are not in it
+        self._by_version: OrderedDict[str, _Held] = OrderedDict()
+        self._slots: list[_Held | None] = [None] * slots
+        self._generations = [0] * slots
+        self._hits = self._misses = self._evictions = self._failures = 0
+        #: of the running step
+        self._running: frozenset[_Held] = frozenset()
+        self._last: tuple[list[_Held | None], list[int]] = ([], [])
+
+    def acquire(self, version: str) -> Lease:
+        """The right to use `version`, which is loaded if it is not in memory; blocks, any thread.
+
+        Raises:
+            OverloadedError: every slot is pinned or in use.
+            AdapterUnavailableError: it cannot be had; the cause says why.
+        """
+        with self._lock:
+            held = self._by_version.get(version)
+            mine = held is None
+            if held is None:
+                held = self._claim(version)
+                self._misses += 1
+            else:
+                held.uses += 1
+                self._by_version.move_to_end(version)
+                self._hits += held.ready.is_set()
+                self._misses += not held.ready.is_set()
+        if mine:
+            self._load(held)
+        held.ready.wait()
+        if held.error is not None:
+            raise AdapterUnavailableError(f"{version} cannot be served: {held.error}") from held.error
+        return Lease(version, held.slot, self._generations[held.slot])
+
+    def release(self, lease: Lease) -> None:
+        """Returns when the lease no longer counts; one that is over already is ignored."""
+        with self._lock:
+            held = self._slots[lease.slot]
+            if held is None or lease.generation != self._generations[lease.slot]:
+                return
+            held.uses -= 1
+            self._free_retired(held)
+
+    def load(self, version: str, *, pin: bool = False) -> Resident:
+        """The version, in memory now, pinned if asked for; see `acquire` for errors."""
+        lease = self.acquire(version)
+        with self._lock:
+            held = cast("_Held", self._slots[lease.slot])
+            held.pinned = held.pinned or pin
+            held.uses -= 1
+            resident = held.resident()
+            self._free_retired(held)
+        return resident
+
+    def unpin(self, version: str) -> None:
+        """Returns when the version may be evicted again."""
+        with self._lock:
+            held = self._by_version.get(version)
+            if held is not None:
+                held.pinned = False
+
+    def unload(self, version: str) -> bool:
+        """Whether it was in memory and is no longer, or will not be when the last request under it has ended."""
+        with self._lock:
+            held = self._by_version.pop(version, None)
+            if held is None:
+                return False
+            held.retired, held.pinned = True, False
+            self._free_retired(held)
+            return True
+
+    def prefetch(self, versions: Iterable[str]) -> None:
+        """Loads versions in the background; what cannot be had is left to the request that wants it."""
+        with self._lock:
+            if self._prefetching is None:
+                self._prefetching = ThreadPoolExecutor(_LOADERS, thread_name_prefix="modicum-prefetch")
+            for version in versions:
+                if version not in self._by_version:
+                    self._prefetching.submit(self._fetch, version)
+
+    def residents(self) -> list[Resident]:
+        """All adapters in memory, the last used first."""
+        with self._lock:
+            return [held.resident() for held in reversed(self._by_version.values()) if held.row is not None]
+
+    def stats(self) -> PoolStats:
+        """What is in memory, and how often it was there."""
+        with self._lock:
+            held = [one for one in self._slots if one is not None]
+            return PoolStats(
+                slots=len(self._slots),
+                used=len(held),
+                pinned=sum(one.pinned for one in held),
+                hits=self._hits,
+                misses=self._misses,
+                evictions=self._evictions,
+                failures=self._failures,
+                bytes=self._shelves.bytes + self._directions.bytes + self._loader.bytes,
+            )
+
+    def step(self, leases: Sequence[Lease | None], lengths: Sequence[int]) -> list[int]:
+        """The places of leases that are no longer valid; their tokens run on the base model and must not be served.
+
+        Sets the adapter of every token for the forward pass that follows: `lengths[i]` tokens under `leases[i]`, one
+        after the other. Generation thread only.
+        """
+        held, stale = [], []
+        for place, lease in enumerate(leases):
+            one = None if lease is None else self._slots[lease.slot]
+            if lease is not None and (
+                one is None or one.row is None or self._generations[lease.slot] != lease.generation
+            ):
+                stale.append(place)
+                one = None
+            held.append(one)
+        lengths = list(lengths)
+        with self._lock:
+            self._running = frozenset(one for one in held if one is not None)
+        # while nothing changes, neither does what was prepared for the layers
+        if (held, lengths) != self._last:
+            self._batch.set(_parts(held, lengths), sum(lengths))
+            self._last = held, lengths
+        self._batch.active = bool(self._running)
+        return stale
+
+    def end_step(self) -> None:
+        """Ends the step: forward passes are the base model's again."""
+        self._batch.active = False
+        with self._lock:
+            over, self._running = self._running, frozenset()
+            for held in over:
+                self._free_retired(held)
+
+    def remove(self) -> None:
+        """Puts the base layers back and frees all memory; nothing may run any more."""
+        if self._prefetching is not None:
+            self._prefetching.shutdown(cancel_futures=True)
+        with self._lock:
+            self._batch.active = False
+            for name, layer in self._served.items():
+                _replace(self._model, name, layer.base)
+            self._served.clear()
+
+    def _claim(self, version: str) -> _Held:
+        """A slot for a version that is to be loaded; called with the lock."""
+        slot = next((i for i, one in enumerate(self._slots) if one is None), None)
+        if slot is None:
+            old = next((one for one in self._by_version.values() if self._idle(one)), None)
+            if old is None:
+                raise OverloadedError(
+                    f"all {len(self._slots)} places for adapters are pinned or in use; try again, or start the server "
+                    "with more slots"
+                )
+            del self._by_version[old.version]
+            self._free(old)
+            self._evictions += 1
+            slot = old.slot
+        held = self._by_version[version] = self._slots[slot] = _Held(version, slot)
+        self._generations[slot] += 1
+        return held
+
+    def _idle(self, held: _Held) -> bool:
+        return not held.uses and not held.pinned and held not in self._running
+
+    def _load(self, held: _Held) -> None:
+        began = time.perf_counter()
+        family = row = None
+        try:
+            family, row = self._filled(held.version)
+        except BaseException as error:  # noqa: BLE001 - those who wait for it must learn of it, whatever it is
+            held.error = error
+        with self._lock:
+            if held.error is None:
+                self._generations[held.slot] += 1
+                held.family, held.row = family, row
+            else:
+                self._failures += 1
+                if self._by_version.get(held.version) is held:
+                    del self._by_version[held.version]
+                self._free(held)
+        self._observer.load(time.perf_counter() - began, failed=held.error is not None)
+        held.ready.set()
+
+    def _filled(self, version: str) -> tuple[Family, Row]:
+        """A row that holds the version; nobody else sees it yet."""
+        record = self._read(version)
+        family = self._loader.family(record)
+        self._serve(family)
+        with self._lock:
+            row = self._shelves.take(family.width)
+        try:
+            with torch.no_grad():
+                family.write(record, row.values)
+        except BaseException:
+            with self._lock:
+                self._shelves.give_back(row)
+            raise
+        return family, row
+
+    def _free_retired(self, held: _Held) -> None:
+        if held.retired and self._idle(held) and self._slots[held.slot] is held and held.ready.is_set():
+            self._free(held)
+
+    def _free(self, held: _Held) -> None:
+        self._slots[held.slot] = None
+        self._generations[held.slot] += 1
+        if held.row is not None:
+            self._shelves.give_back(held.row)
+
+    def _serve(self, family: Family) -> None:
+        """Replaces the layers that the family adapts and no earlier one did."""
+        with self._lock:
+            for layer in family.places:
+                name = self._loader.names[layer]
+                if name not in self._served:
+                    served = ServedLinear(self._loader.sites[layer].module, layer, self._batch)
+                    self._served[name] = served.train(self._loader.sites[layer].module.training)
+                    _replace(self._model, name, served)
+
+    def _fetch(self, version: str) -> None:
+        with contextlib.suppress(AdapterUnavailableError, OverloadedError):
+            self.release(self.acquire(version))
+
+
+def _parts(held: Sequence[_Held | None], lengths: Sequence[int]) -> list[Part]:
+    """The tokens of every adapter; several sequences under one are one part."""
+    tokens: dict[_Held, list[torch.Tensor]] = {}
+    start = 0
+    for one, length in zip(held, lengths, strict=True):
+        if one is not None:
+            tokens.setdefault(one, []).append(torch.arange(start, start + length))
+        start += length
+    return [
+        Part(cast("Family", one.family), cast("Row", one.row), torch.cat(found))
+        for one, found in tokens.items()
+    ]
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
