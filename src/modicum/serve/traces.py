@@ -39,15 +39,14 @@ class Traces:
             raise ConfigError(f"traces = {exporter!r}, must be otlp")
         try:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.resources import OTELResourceDetector, Resource
             from opentelemetry.sdk.trace import TracerProvider
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ImportError as error:
             raise MissingExtraError("traces need OpenTelemetry: pip install 'modicum[otel]'") from error
         # what OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES say goes before it
-        provider = TracerProvider(
-            resource=Resource.create({"service.name": "modicum"}), shutdown_on_exit=False
-        )
+        named = Resource.create({"service.name": "modicum"}).merge(OTELResourceDetector().detect())
+        provider = TracerProvider(resource=named, shutdown_on_exit=False)
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         return cls(provider)
 
