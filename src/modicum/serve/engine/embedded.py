@@ -9,6 +9,7 @@ versions than can run soon, and a load only ever delays the one that needs it.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import itertools
 import threading
 import time
@@ -246,7 +247,9 @@ class EmbeddedEngine(Engine):
 
     async def _in_thread(self, acquire: Callable[[str], Any], version: str) -> Any:
         """The lease, which goes back if nobody waits for it any more."""
-        future = asyncio.get_running_loop().run_in_executor(self._loaders, acquire, version)
+        # in this task's context, so that an observer can tell whose load it was
+        run = contextvars.copy_context().run
+        future = asyncio.get_running_loop().run_in_executor(self._loaders, run, acquire, version)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
@@ -298,10 +301,13 @@ class EmbeddedEngine(Engine):
 
     def residents(self) -> list[Resident]:
         """All adapters in memory, the last used first."""
-        return [] if self._slots is None else self._slots.residents()
+        slots = self._slots
+        return [] if slots is None else slots.residents()
 
     def stats(self) -> EngineStats:
         """What it is doing now."""
+        # another thread may ask while this one closes
+        batching, slots = self._batching, self._slots
         rows, counts = [row for row in self._table.all() if not row.over], self._counts
         running = sum(row.started for row in rows)
         return EngineStats(
@@ -312,6 +318,6 @@ class EmbeddedEngine(Engine):
             cached_tokens=counts.cached_tokens,
             generated_tokens=counts.generated_tokens,
             last_batch=counts.last_batch,
-            cache_used=0.0 if self._batching is None else self._batching.cache_used(),
-            pool=PoolStats() if self._slots is None else self._slots.stats(),
+            cache_used=0.0 if batching is None else batching.cache_used(),
+            pool=PoolStats() if slots is None else slots.stats(),
         )
