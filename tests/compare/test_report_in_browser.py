@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
-from tests.compare.browser import NoBrowserError, browser
+from tests.browser import NoBrowserError, browser
 from tests.compare.sample import comparison
 from tests.compare.test_report import HOSTILE
 

@@ -88,11 +88,12 @@ class Page:
                 self.logged.append(str(values.get("entry") or values))
         return answer
 
-    def open(self, file: Path) -> None:
+    def open(self, place: Path | str) -> None:
+        """Returns when the file, or what is at the address, is loaded."""
         self.logged.clear()
         self.requested.clear()
         self._loaded = False
-        self.send("Page.navigate", url=file.resolve().as_uri())
+        self.send("Page.navigate", url=place if isinstance(place, str) else place.resolve().as_uri())
         while not self._loaded:
             self._receive()
 
@@ -106,10 +107,29 @@ class Page:
         )
 
     def evaluate(self, expression: str):
-        """The value of a JavaScript expression."""
-        result = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
+        """The value of a JavaScript expression; of a promise, what it promises."""
+        result = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
+
+    def wait(self, condition: str) -> None:
+        """Returns when the JavaScript condition holds."""
+        until = time.monotonic() + _PATIENCE
+        while not self.evaluate(f"Boolean({condition})"):
+            assert time.monotonic() < until, f"never true: {condition}; logged: {self.logged}"
+            time.sleep(0.05)
+
+    def press(self, key: str, *, shift: bool = False) -> None:
+        """Presses and releases a key that has a name, such as Tab or Enter."""
+        code = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39, "Home": 36}[key]
+        about = {"key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": 8 * shift}
+        text = {"text": "\r"} if key == "Enter" else {}
+        self.send("Input.dispatchKeyEvent", type="keyDown", **about, **text)
+        self.send("Input.dispatchKeyEvent", type="keyUp", **about)
+
+    def write(self, text: str) -> None:
+        """Types a text into what has the focus."""
+        self.send("Input.insertText", text=text)
 
     def click(self, selector: str) -> None:
         """Presses and releases the mouse in the middle of an element."""
