@@ -1,0 +1,97 @@
+/* Experiments: arms with intervals, and the buttons that end them. */
+
+import { $, ask, count, digits, h, moment, percent, seconds, show, svg, table } from "./dom.js";
+import { act, call } from "./app.js";
+
+const WIDTH = 150, EDGE = 6;
+const path = (name, action = "") => `/admin/experiments/${name.split("/").map(encodeURIComponent).join("/")}${action}`;
+
+export async function showExperiments() {
+  const { experiments } = await call("/admin/experiments");
+  show($("experiment-list"), experiments, () =>
+    experiments.length ? experiments.map(card) : [h("p", { class: "small" }, "There are none. `modicum experiment create` makes one.")]);
+}
+
+function card(one) {
+  const title = `experiment-${one.name}`;
+  const running = one.state === "running";
+  return h("article", { class: "card", "aria-labelledby": title },
+    h("div", { class: "head" },
+      h("h3", { id: title }, one.name),
+      one.shadow ? h("span", { class: "badge" }, "shadow") : null,
+      h("span", { class: `badge ${running ? "on" : ""}` }, one.state)),
+    h("p", { class: "small" }, told(one)),
+    arms(one),
+    h("div", { class: "buttons" }, buttons(one)));
+}
+
+function told(one) {
+  const said = [`Outcome: ${one.feedback}, of ${count(one.rated_users)} users`];
+  if (one.started) said.push(`since ${moment(one.started)}`);
+  if (one.ended) said.push(`ended ${moment(one.ended)}`);
+  const rest = [
+    one.reason ? `${one.reason}.` : null,
+    one.winner ? `Winner: ${one.winner}.` : null,
+    one.sample_ratio_p !== null && one.sample_ratio_p < 0.01 ? "Users are not spread as the weights say: something is wrong with the assignment." : null,
+  ];
+  return `${said.join(", ")}. ${rest.filter(Boolean).join(" ")}`;
+}
+
+function arms(one) {
+  const scale = scaleOf(one.arms.map((arm) => arm.outcome));
+  const sure = percent(1 - one.alpha);
+  const columns = [["Arm", ""], ["Weight", "number"], ["Users", "number"], ["Requests", "number"],
+    [`Outcome (${sure})`, "number"], [`${scale.low.toFixed(2)} … ${scale.high.toFixed(2)}`, ""], ["Against the control", ""],
+    ["Errors", "number"], ["95 % within", "number"], ...(one.shadow ? [["Agreement", "number"]] : [])];
+  const rows = one.arms.map((arm, index) => [
+    [h("span", {}, arm.control ? `${arm.label} (control)` : arm.label), h("small", {}, arm.version ?? "the base model")],
+    digits(arm.weight), count(arm.users),
+    count(arm.requests), interval(arm.outcome), drawn(arm.outcome, scale, index), against(arm),
+    percent(arm.error_rate.value), seconds(arm.seconds.p95),
+    ...(one.shadow ? [percent(arm.agreement)] : []),
+  ]);
+  return table(`Arms of ${one.name}`, columns, rows, "");
+}
+
+const known = (value) => value !== null && value !== undefined;
+const interval = ({ value, low, high }) =>
+  known(value) ? `${value.toFixed(3)} (${[low, high].map((end) => (known(end) ? end.toFixed(3) : "?")).join(" … ")})` : "–";
+
+function against(arm) {
+  if (arm.control || !arm.difference || !known(arm.difference.value)) return "–";
+  const { value, low, high } = arm.difference;
+  const sign = (one) => `${one < 0 ? "−" : "+"}${Math.abs(one).toFixed(3)}`;
+  return `${arm.verdict}: ${sign(value)} (${sign(low)} … ${sign(high)})`;
+}
+
+function scaleOf(all) {
+  const ends = all.flatMap(({ value, low, high }) => [value, low, high]).filter(known);
+  const low = Math.max(0, Math.floor(Math.min(1, ...ends) * 20) / 20), high = Math.ceil(Math.max(0, ...ends) * 20) / 20;
+  return ends.length && high > low ? { low, high } : { low: 0, high: 1 };
+}
+
+/* a line from end to end of the interval, and a dot where the mean is */
+function drawn({ value, low, high }, scale, index) {
+  if (!known(value)) return "";
+  const x = (one) => EDGE + (WIDTH - 2 * EDGE) * ((one - scale.low) / (scale.high - scale.low));
+  return svg("svg", { class: "interval", width: WIDTH, height: 16, viewBox: `0 0 ${WIDTH} 16`, "aria-hidden": "true" },
+    svg("path", { class: "rule", d: `M${EDGE} 8H${WIDTH - EDGE}` }),
+    svg("path", { class: `line span s${index % 3}`, d: `M${x(low ?? scale.low)} 8H${x(high ?? scale.high)}` }),
+    svg("circle", { class: `mean s${index % 3}`, cx: x(value), cy: 8, r: 5 }));
+}
+
+function buttons(one) {
+  const button = (text, title, question, action, done, main = false) => h("button", {
+    type: "button", class: main ? "main" : "", "data-key": `${one.name} ${action}`, "aria-label": `${text} ${one.name}`,
+    click: async () => { if (await ask(title, question, text)) await act(done, path(one.name, action)); },
+  }, text);
+  const winner = one.winner ?? null;
+  return [
+    one.state === "draft" ? button("Start", `Start ${one.name}?`, "Its arms get their users from the next request on.", "/start", `${one.name} runs.`, true) : null,
+    one.state === "running" ? button("Stop", `Stop ${one.name}?`, "No more users are assigned, and it cannot be started again.", "/stop", `${one.name} has stopped.`) : null,
+    winner && one.state === "stopped" ? button("Promote winner", `Promote ${winner}?`,
+      `The winner of ${one.name} becomes what everybody gets from the next request on.`, "/promote", `${winner} of ${one.name} is promoted.`, true) : null,
+    one.state === "promoted" ? button("Roll back", `Roll ${one.name} back?`,
+      "Everybody gets again what was there before it was promoted.", "/rollback", `${one.name} is rolled back.`) : null,
+  ];
+}
