@@ -1,4 +1,4 @@
-"""The library of `dequantize.c`: compiled for this processor on first use, kept in the cache, loaded once.
+"""The library of a source in C: compiled for this processor on first use, kept in the cache.
 
 It has no dependencies. Its threads are those of the OpenMP runtime that torch itself has loaded, found through
 torch's library and handed over as function pointers: a second runtime would keep a second pool of threads, and
@@ -23,8 +23,8 @@ import torch
 
 SOURCE = Path(__file__).with_name("dequantize.c")
 COMPILERS = ("c++", "g++", "clang++", "cc")
-#: contraction would leave out a rounding; "native" is left out where a compiler does not know it
-_FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-ffp-contract=off")
+#: "native" is left out where a compiler does not know it
+_FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared")
 _NATIVE = "-march=native"
 #: lines of /proc/cpuinfo that say what code a processor runs
 _PROCESSOR = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU implementer", "CPU part", "isa")
@@ -35,8 +35,11 @@ class NotBuiltError(Exception):
     """There is no library, and why; callers go on without one."""
 
 
-def load() -> ctypes.CDLL:
+def load(source: Path = SOURCE, *, contract: bool = False, keeps_lock: bool = False) -> ctypes.CDLL:
     """The library, compiled if the cache has none for this source, compiler and processor.
+
+    `contract`: whether a product and a sum may be rounded once; headers are those in the folder of the source. It has
+    a function `modicum_use_threads`. `keeps_lock`: whether calls keep Python's lock, for those that take microseconds.
 
     Raises:
         NotBuiltError: switched off, no Linux, no compiler, or the compiler failed.
@@ -46,12 +49,14 @@ def load() -> ctypes.CDLL:
     if sys.platform != "linux":
         raise NotBuiltError(f"only built on Linux, this is {sys.platform}")
     compiler = find_compiler()
-    name = f"dequantize-{_key(compiler)}.so"
+    command = [compiler, *_FLAGS, f"-ffp-contract={'fast' if contract else 'off'}", "-x", "c", str(source)]
+    kind = ctypes.PyDLL if keeps_lock else ctypes.CDLL
+    name = f"{source.stem}-{_key(command, source)}.so"
     try:
-        library = _kept(compiler, cache_folder() / name)
+        library = _kept(command, cache_folder() / name, kind)
     except (OSError, RuntimeError):
         # no home, no space, or a folder that nothing may be run from
-        library = _unkept(compiler, name)
+        library = _unkept(command, name, kind)
     _share_threads(library)
     return library
 
@@ -83,11 +88,11 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "modicum" / "native"
 
 
-def _key(compiler: str) -> str:
-    status = Path(compiler).stat()
-    parts = [compiler, str(status.st_size), str(status.st_mtime_ns), *_FLAGS, _NATIVE, _processor()]
+def _key(command: list[str], source: Path) -> str:
+    status = Path(command[0]).stat()
+    parts = [*command[:-1], str(status.st_size), str(status.st_mtime_ns), _NATIVE, _processor()]
     state = hashlib.sha256("\n".join(parts).encode())
-    for path in (SOURCE, SOURCE.with_name("segments.h")):
+    for path in (source, *sorted(source.parent.glob("*.h"))):
         state.update(path.read_bytes())
     return state.hexdigest()[:24]
 
@@ -101,38 +106,39 @@ def _processor() -> str:
     return "\n".join(lines)
 
 
-def _kept(compiler: str, path: Path) -> ctypes.CDLL:
+def _kept(command: list[str], path: Path, kind: type[ctypes.CDLL]) -> ctypes.CDLL:
     if path.is_file():
         # a damaged file is replaced below
         with contextlib.suppress(OSError):
-            return ctypes.CDLL(str(path))
+            return kind(str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".part")
     os.close(handle)
     try:
-        _compile(compiler, partial)
+        _compile(command, partial)
         # whole or not at all, however many processes compile at once; they all make the same
         Path(partial).replace(path)
     finally:
         Path(partial).unlink(missing_ok=True)
-    return ctypes.CDLL(str(path))
+    return kind(str(path))
 
 
-def _unkept(compiler: str, name: str) -> ctypes.CDLL:
+def _unkept(command: list[str], name: str, kind: type[ctypes.CDLL]) -> ctypes.CDLL:
     try:
         with tempfile.TemporaryDirectory(prefix="modicum-native-") as folder:
-            _compile(compiler, str(Path(folder) / name))
-            return ctypes.CDLL(str(Path(folder) / name))
+            _compile(command, str(Path(folder) / name))
+            return kind(str(Path(folder) / name))
     except OSError as error:
         raise NotBuiltError(f"no folder to build in, or none to load from: {error}") from error
 
 
-def _compile(compiler: str, output: str) -> None:
+def _compile(command: list[str], output: str) -> None:
+    compiler, *flags = command
     message = ""
-    for flags in ((_NATIVE, *_FLAGS), _FLAGS):
-        command = [compiler, *flags, "-o", output, "-x", "c", str(SOURCE)]
+    for native in ([_NATIVE], []):
+        full = [compiler, *native, "-o", output, *flags]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)  # noqa: S603 - a compiler of this machine, no shell
+            done = subprocess.run(full, capture_output=True, text=True, timeout=_SECONDS, check=False)  # noqa: S603 - a compiler of this machine, no shell
         except subprocess.TimeoutExpired:
             raise NotBuiltError(f"{compiler} took more than {_SECONDS} seconds") from None
         except OSError as error:

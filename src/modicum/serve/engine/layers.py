@@ -9,19 +9,22 @@ A step names the slot of every token once; the layers only compute.
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from modicum.serve.engine import native
 from modicum.serve.engine.families import LANES, ROWS, padded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from modicum.adapters.site import LayerBasis, Site
-    from modicum.serve.engine.families import Family
+    from modicum.serve.engine.families import Family, Shape
     from modicum.serve.engine.shelves import Row
 
 
@@ -78,8 +81,16 @@ class Part(NamedTuple):
 
     family: Family
     row: Row
-    #: indices of the tokens
-    tokens: Tensor
+    #: (first, count) of each run of tokens
+    runs: list[tuple[int, int]]
+
+
+def _flat(parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray]:
+    """The indices of all tokens, part after part, and how many each part has; int64."""
+    runs = np.array([run for part in parts for run in part.runs], np.int64).reshape(-1, 2)
+    ends = runs[:, 1].cumsum()
+    tokens = np.repeat(runs[:, 0] - ends + runs[:, 1], runs[:, 1]) + np.arange(runs[:, 1].sum())
+    return tokens, np.array([sum(count for _, count in part.runs) for part in parts], np.int64)
 
 
 @final
@@ -89,14 +100,16 @@ class _Group:
     def __init__(self, parts: Sequence[Part], device: torch.device) -> None:
         self.family, self.block = parts[0].family, parts[0].row.block
         self.rows = torch.tensor([part.row.place for part in parts], device=device)
-        self.tokens = torch.cat([part.tokens for part in parts]).to(device)
-        counts = [len(part.tokens) for part in parts]
-        self.width = max(counts)
+        tokens, counts = _flat(parts)
+        self.tokens = torch.from_numpy(tokens).to(device)
+        self.width = int(counts.max())
         #: where each token lies when all adapters have as many as the longest; None if they do
         self.lanes: Tensor | None = None
-        if min(counts) != self.width:
-            places = [place * self.width + torch.arange(count) for place, count in enumerate(counts)]
-            self.lanes = torch.cat(places).to(device)
+        if counts.min() != self.width:
+            places = np.arange(len(tokens)) + np.repeat(
+                np.arange(len(counts)) * self.width - counts.cumsum() + counts, counts
+            )
+            self.lanes = torch.from_numpy(places).to(device)
         #: of cores: those of all layers, gathered once for the step
         self.cores = self.block.index_select(0, self.rows) if self.family.shared else None
 
@@ -119,38 +132,70 @@ class _Group:
 class Batch:
     """What the layers share during a step: which adapter every token has."""
 
-    def __init__(self, directions: Directions, shapes: Sequence[Any]) -> None:
-        self._directions, self._shapes = directions, shapes
+    def __init__(
+        self, directions: Directions, shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._directions, self._shapes, self._dtype = directions, shapes, dtype
+        self._sizes = np.array([[shape.out, shape.inputs] for shape in shapes], np.int64)
         #: whether a step runs in which a token has an adapter
         self.active = False
         self._tokens = 0
         self._parts: list[Part] = []
         self._groups: list[_Group] | None = None
+        self._in_order = False
+        usable = device.type == "cpu" and dtype in native.KINDS
+        self._adapt = native.adapter_function() if usable else None
+        self._step: native.Step | None = None
+        self._address = 0
 
     def set(self, parts: Sequence[Part], tokens: int) -> None:
         """Makes the next step one of so many tokens, of which `parts` have adapters."""
-        # neighbours share memory that was just read
-        self._parts = sorted(parts, key=lambda part: (id(part.family), id(part.row.block), part.row.place))
+        # neighbours share directions, or memory that was just read
+        self._parts = sorted(parts, key=lambda part: (id(part.family), part.row.address))
         self._tokens, self._groups = tokens, None
+        if self._adapt is None:
+            return
+        rows, counts = _flat(self._parts)
+        data = np.repeat(np.array([part.row.address for part in self._parts], np.int64), counts)
+        runs, start = [], 0
+        for _, found in itertools.groupby(range(len(counts)), key=lambda i: id(self._parts[i].family)):
+            places = list(found)
+            count = int(counts[places].sum())
+            runs.append(native.Run(self._parts[places[0]].family, start, count))
+            start += count
+        kind = native.KINDS[self._dtype]
+        self._step = native.Step(runs, rows, data, self._directions.all, self._sizes, kind)
+        self._address = self._step.address
 
     def add(self, layer: int, x: Tensor, y: Tensor) -> None:
         """Adds to y (…, out), in place, what the adapters make of x (…, in)."""
+        dtype = self._dtype
         if x.numel() != self._tokens * x.shape[-1]:
             raise RuntimeError(f"a step of {self._tokens} tokens, and a layer's input {tuple(x.shape)}")
-        x, rows = x.reshape(self._tokens, -1), y.view(self._tokens, -1)
+        if (
+            self._adapt is not None
+            and x.dtype is dtype
+            and y.dtype is dtype
+            and x.is_contiguous()
+            and y.is_contiguous()
+        ):
+            self._adapt(self._address, layer, x.data_ptr(), y.data_ptr())
+            return
+        self._add(layer, x.reshape(self._tokens, -1), y.view(self._tokens, -1))
+
+    def _add(self, layer: int, x: Tensor, y: Tensor) -> None:
         for group in self._grouped(x.device):
-            place = group.family.places.get(layer)
-            if place is None:
+            if layer not in group.family.places:
                 continue
-            tokens = group.tokens
-            whole = len(tokens) == self._tokens and bool(self._in_order)
-            x_own, y_own = (x, rows) if whole else (x[tokens], rows[tokens])
-            add = self._from_cores if group.family.shared else self._from_factors
-            update = add(group, layer, x_own, y_own)
+            whole = self._in_order
+            x_own, y_own = (x, y) if whole else (x[group.tokens], y[group.tokens])
+            update = (self._from_cores if group.family.shared else self._from_factors)(
+                group, layer, x_own, y_own
+            )
             if whole:
-                rows += update
+                y += update
             else:
-                rows.index_add_(0, tokens, update)
+                y.index_add_(0, group.tokens, update)
 
     def _grouped(self, device: torch.device) -> list[_Group]:
         if self._groups is None:
@@ -158,9 +203,8 @@ class Batch:
             for part in self._parts:
                 found.setdefault((id(part.family), id(part.row.block)), []).append(part)
             self._groups = [_Group(parts, device) for parts in found.values()]
-            self._in_order = len(self._groups) == 1 and torch.equal(
-                self._groups[0].tokens, torch.arange(self._tokens, device=device)
-            )
+            order = torch.arange(self._tokens, device=device)
+            self._in_order = len(self._groups) == 1 and torch.equal(self._groups[0].tokens, order)
         return self._groups
 
     def _from_cores(self, group: _Group, layer: int, x: Tensor, y: Tensor) -> Tensor:

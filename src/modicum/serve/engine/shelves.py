@@ -18,6 +18,8 @@ class Row(NamedTuple):
 
     block: Tensor
     place: int
+    #: of its first number
+    address: int
 
     @property
     def values(self) -> Tensor:
@@ -53,12 +55,12 @@ class Shelves:
         blocks = self._blocks.setdefault(width, [])
         for block, free in blocks:
             if free:
-                return Row(block, free.pop())
+                return _row(block, free.pop())
         size = torch.empty(0, dtype=self._dtype).element_size() * max(width, 1)
         count = max(1, min(self._slots, _BLOCK // size))
         block = torch.empty(count, width, dtype=self._dtype, device=self._device)
         blocks.append((block, list(range(count - 1, 0, -1))))
-        return Row(block, 0)
+        return _row(block, 0)
 
     def give_back(self, row: Row) -> None:
         """Returns when the row may be taken again; a block without rows is freed."""
@@ -71,3 +73,7 @@ class Shelves:
             del blocks[place]
             if not blocks:
                 del self._blocks[width]
+
+
+def _row(block: Tensor, place: int) -> Row:
+    return Row(block, place, block.data_ptr() + place * block.shape[1] * block.element_size())

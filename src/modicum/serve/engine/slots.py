@@ -97,7 +97,7 @@ class Slots:
         self._directions = Directions(first.dtype)
         self._loader = Loader(model, self._directions, max_rank)
         self._shelves = Shelves(slots, first.dtype, first.device)
-        self._batch = Batch(self._directions, self._loader.shapes)
+        self._batch = Batch(self._directions, self._loader.shapes, first.dtype, first.device)
         self._served: dict[str, ServedLinear] = {}
         self._lock = threading.Lock()
         self._prefetching: ThreadPoolExecutor | None = None
@@ -327,16 +327,13 @@ class Slots:
 
 def _parts(held: Sequence[_Held | None], lengths: Sequence[int]) -> list[Part]:
     """The tokens of every adapter; several sequences under one are one part."""
-    tokens: dict[_Held, list[torch.Tensor]] = {}
+    runs: dict[_Held, list[tuple[int, int]]] = {}
     start = 0
     for one, length in zip(held, lengths, strict=True):
         if one is not None:
-            tokens.setdefault(one, []).append(torch.arange(start, start + length))
+            runs.setdefault(one, []).append((start, length))
         start += length
-    return [
-        Part(cast("Family", one.family), cast("Row", one.row), torch.cat(found))
-        for one, found in tokens.items()
-    ]
+    return [Part(cast("Family", one.family), cast("Row", one.row), found) for one, found in runs.items()]
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
