@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,3 +52,12 @@ class Settings:
     max_body_bytes: int = 1 << 20
     #: what the base model is called in `model`
     base_name: str = "base"
+    #: "json": one object per line; "text"
+    log_format: Literal["json", "text"] = "json"
+    #: whether every HTTP request is written down, and what users asked
+    log_access: bool = False
+    log_prompts: bool = False
+    #: YAML file with prices of tokens and of the machine
+    prices: Path | None = None
+    #: where traces go: "otlp"
+    traces: str | None = None

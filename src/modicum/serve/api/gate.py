@@ -12,7 +12,8 @@ from starlette.exceptions import HTTPException
 from modicum.serve.api.errors import ApiError
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from fastapi import FastAPI
+    from starlette.types import Message, Receive, Scope, Send
 
     from modicum.serve.settings import Settings
 
@@ -22,13 +23,15 @@ _ALWAYS = ("/health", "/ready")
 
 
 class Gate:
-    """An ASGI application around another one."""
+    """The application that a server runs, around `app` with its routes."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
         self._app, self._most = app, settings.max_body_bytes
         self._hosts = _hosts(settings)
-        #: whether new requests are sent away
-        self.closing = False
+
+    def close(self) -> None:
+        """Returns when new requests are sent away; those that run go on."""
+        self._app.state.closing = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request, or lets it through."""
@@ -55,7 +58,7 @@ class Gate:
         origin = headers.get(b"origin")
         if origin is not None and origin.partition("://")[2] != host:
             return ApiError(403, "pages of other sites may not use this server", code="wrong_origin")
-        if self.closing and scope["path"] not in _ALWAYS:
+        if self._app.state.closing and scope["path"] not in _ALWAYS:
             return ApiError(
                 503,
                 "the server is stopping",
