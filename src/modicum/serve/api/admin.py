@@ -14,17 +14,16 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict
 
-from modicum.errors import ConfigError, NotStoredError
+from modicum.errors import NotStoredError
+from modicum.serve.api import trials
 from modicum.serve.api.access import Admin
 from modicum.serve.api.errors import ApiError
-from modicum.serve.engine.interface import AdapterUnavailableError, OverloadedError
+from modicum.serve.api.trials import servable
 from modicum.store.catalogue.names import Reference, reference
 from modicum.store.catalogue.pointers import ANYTHING
 from modicum.store.store import PRODUCTION
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from modicum.serve.service import Service
     from modicum.store import Store
     from modicum.store.catalogue.pointers import Expected
@@ -66,8 +65,9 @@ class Promote(Which, Alias):
 
 
 def router(service: Service) -> APIRouter:
-    """The routes about adapters, and what tenants used."""
+    """All routes of the admin."""
     routes = APIRouter(prefix="/admin")
+    routes.include_router(trials.router(service))
 
     @routes.get("/usage")
     async def usage(_: Admin) -> dict[str, Any]:
@@ -114,21 +114,6 @@ def router(service: Service) -> APIRouter:
         return {"name": name, "alias": wanted.alias, "version": number}
 
     return routes
-
-
-async def servable(service: Service, versions: Iterable[str]) -> None:
-    """Returns when every version was in memory, so that nobody waits for it, and none is promoted that cannot be served.
-
-    Raises:
-        ApiError: 409, one cannot be served.
-    """
-    for version in versions:
-        try:
-            # where all slots are in use it is loaded later
-            with contextlib.suppress(OverloadedError):
-                await service.engine.load(version)
-        except AdapterUnavailableError as error:
-            raise ApiError(409, f"{version} cannot be served: {error}", code="adapter_unavailable") from error
 
 
 def _store(service: Service) -> Store:

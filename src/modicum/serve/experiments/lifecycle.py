@@ -129,9 +129,7 @@ class Lifecycle:
                 store.unalias(at.name, PRODUCTION, expected=number)
         else:
             found = store.rollback(at.name, expected=number)
-        self._to(
-            one, actor, "rollback", ("promoted",), {"state": "rolled back"}, arm=one.winner, version=found
-        )
+        self._to(one, actor, "rollback", ("promoted",), {"state": "rolled back"}, arm=one.winner)
         return None if found is None else f"{at.name}@{found}"
 
     def delete(self, one: Experiment, actor: str) -> None:

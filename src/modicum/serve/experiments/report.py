@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -248,10 +248,3 @@ def _spread(times: list[float]) -> Spread:
         return Spread(None, None)
     middle, slow = (float(q) for q in np.quantile(times, [0.5, 0.95]))
     return Spread(middle, slow)
-
-
-def plain(found: Any) -> Any:
-    """A report in plain JSON types."""
-    import dataclasses
-
-    return dataclasses.asdict(found)
