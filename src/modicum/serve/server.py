@@ -26,7 +26,7 @@ from modicum.serve.engine.embedded import open_engine
 from modicum.serve.experiments import Experiments
 from modicum.serve.keys import Keys
 from modicum.serve.limits import Limits
-from modicum.serve.logs import RequestLog, configuration
+from modicum.serve.logs import RequestLog
 from modicum.serve.metrics import Metrics
 from modicum.serve.names import Names
 from modicum.serve.service import Service
@@ -152,7 +152,7 @@ class Server:
                 self._gate,
                 lifespan="off",
                 ws="none",
-                log_config=configuration(settings.log_format, access=settings.log_access),
+                log_config=None,
                 access_log=settings.log_access,
                 server_header=False,
                 proxy_headers=False,

@@ -1,6 +1,7 @@
 """The server itself."""
 
 import json
+import logging.config
 from dataclasses import fields
 from typing import Annotated, Any
 
@@ -53,12 +54,14 @@ def start(
     rest = [field.name for field in fields(Settings) if field.name != "engine"]
     settings = Settings(engine, **{name: given[name] for name in rest})
     try:
+        from modicum.serve.logs import configuration
         from modicum.serve.server import Server as HttpServer
         from modicum.serve.server import bind, open_service
     except ModuleNotFoundError as error:
         from modicum.errors import MissingExtraError
 
         raise MissingExtraError("serving needs more: pip install 'modicum[serve]'") from error
+    logging.config.dictConfig(configuration(log_format, access=log_access))
     with bind(settings) as listener, open_service(settings) as service:
         host, port = listener.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
