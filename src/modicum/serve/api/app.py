@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
-from modicum.serve.api import errors, health, openai, page
+from modicum.serve.api import admin, errors, feedback, health, openai, page, trials
 from modicum.serve.api.gate import Gate
 
 if TYPE_CHECKING:
@@ -20,6 +20,6 @@ def build(service: Service) -> Gate:
     app.state.service = service
     app.state.closing = False
     errors.install(app)
-    for part in (openai, health, page):
+    for part in (openai, health, admin, trials, feedback, page):
         app.include_router(part.router(service))
     return Gate(app, service.settings)
