@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from modicum.data.options import Task
     from modicum.fleet.layers import Turn
     from modicum.fleet.spec import FleetSpec
     from modicum.store.record import Record
@@ -43,7 +44,7 @@ class FleetBase:
     model: Any
     tokenizer: Any
     turn: Turn
-    task: str
+    task: Task
     #: rank -> what adapters of that rank are
     kinds: Mapping[int, Kind]
 

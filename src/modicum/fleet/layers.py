@@ -124,13 +124,18 @@ class CoreUpdate(Update):
     def forward(self, x: Tensor, base_output: Tensor, turn: Turn) -> Tensor:
         """`base_output` plus the update of each row's core."""
         dtype = base_output.dtype
-        read = (base_output, self.ut, self.shift) if self.a is None else (x.to(dtype), self.a)
-        z = F.linear(*read) if self.sigma is None else F.linear(*read) / self.sigma
+        z = self._inner(x.to(dtype), base_output)
         cores = turn.values[self.name] * self.scaling
         z = turn.product(z, (torch.diag_embed(cores) if self.diagonal else cores).to(dtype))
         # addmm adds the update in the same pass that computes it
         flat = base_output.reshape(-1, base_output.shape[-1])
         return torch.addmm(flat, z.reshape(-1, z.shape[-1]), self.ut).view(base_output.shape)
+
+    def _inner(self, x: Tensor, base_output: Tensor) -> Tensor:
+        """A x, (rows, …, r), from the input or from the output."""
+        a = self.a
+        z = F.linear(base_output, self.ut, self.shift) if a is None else F.linear(x, a)
+        return z if self.sigma is None else z / self.sigma
 
 
 @final

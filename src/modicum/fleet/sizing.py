@@ -1,0 +1,83 @@
+"""How many tokens fit into a pass, and how many users into a cohort, by the memory that there is."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from modicum.evaluate.memory import Peak
+from modicum.fleet.cohort import Cohort
+from modicum.fleet.passes import Pass
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from modicum.data.encoded import Encoded
+    from modicum.fleet.base import FleetBase
+    from modicum.fleet.spec import TrainOptions
+
+#: shares of the free memory that a pass and the numbers of a cohort may take
+_PASS, _NUMBERS = 0.5, 0.25
+#: beyond these, more gains nothing: processors are busy long before, and a cohort is what a crash costs
+_MOST_TOKENS = 16_384
+_MOST_USERS = 512
+#: bytes of a trained number of a user: itself, two moments, gradient, a copy of what steps, and the best so far
+_NUMBER = 4 * 6
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a job was begun with, and keeps when it goes on, so that it ends with the same numbers."""
+
+    tokens: int
+    users: int
+    threads: int
+    #: of one token in a pass, and of the numbers of one user
+    token_bytes: int | None = None
+    user_bytes: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def sizes(base: FleetBase, options: TrainOptions, sample: Encoded, rank: int) -> Sizes:
+    """The sizes that `options` give, and else what fits: measured with a step on rows of `sample`."""
+    numbers = base.widest.record.layout.size
+    token = None
+    tokens, users = options.tokens_per_pass, options.cohort_size
+    free = free_bytes(base.device)
+    if tokens is None:
+        token = token_bytes(base, {0: sample}, rank)
+        longest = max(sample.lengths)
+        tokens = max(longest, min(_MOST_TOKENS, int(_PASS * free / token)))
+    if users is None:
+        users = max(1, min(_MOST_USERS, int(_NUMBERS * free / (_NUMBER * numbers))))
+    return Sizes(tokens, users, torch.get_num_threads(), token, _NUMBER * numbers)
+
+
+def token_bytes(base: FleetBase, sample: Mapping[int, Encoded], rank: int) -> int:
+    """Bytes that one token takes in a step, measured on the first rows of `sample`; what does not grow is in it too."""
+    rows: Sequence[int] = range(min(4, len(sample[0])))
+    cohort = Cohort(base, [rank])
+    lengths = [sample[0].lengths[row] for row in rows]
+    one = Pass((0,), (tuple(rows),))
+    with Peak(base.device) as peak:
+        cohort.step(one, sample, [0.0], 0.0)
+    fixed = 4 * 5 * base.widest.record.layout.size
+    return max(1, (peak.bytes - fixed) // (len(lengths) * max(lengths)))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can be had on `device` without taking them from anybody."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as stream:  # noqa: PTH123 - no file, the kernel's own words
+            found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in stream}
+        return found["MemAvailable"]
+    except (OSError, KeyError, ValueError, IndexError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
