@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import itertools
 import threading
 import time
@@ -286,7 +287,8 @@ class EmbeddedEngine(Engine):
         """The version, in memory now; a pinned one stays there."""
         if self._slots is None:
             raise AdapterUnavailableError(f"{version}: adapters are not served here, only the base model")
-        return await asyncio.get_running_loop().run_in_executor(self._loaders, self._slots.load, version, pin)
+        load = functools.partial(self._slots.load, version, pin=pin)
+        return await asyncio.get_running_loop().run_in_executor(self._loaders, load)
 
     async def unpin(self, version: str) -> None:
         """Returns when the version may leave memory again."""
