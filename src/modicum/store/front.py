@@ -131,6 +131,24 @@ class Front:
         return front
 
 
+def sound_like(data: bytes | memoryview, first: bytes | memoryview, packed: int) -> bool:
+    """Whether every bit of `data` is as its check sums say, and it differs from the record `first` in its numbers only.
+
+    `packed`: bytes of the description of `first`, which has been read and found whole.
+    """
+    data, first, end = memoryview(data), memoryview(first), HEADER_BYTES + packed
+    if (
+        len(data) != len(first)
+        or data[:_CHECKED] != first[:_CHECKED]
+        or data[HEADER_BYTES:end] != first[HEADER_BYTES:end]
+    ):
+        return False
+    digest = data[HEADER_BYTES - DIGEST_BYTES : HEADER_BYTES]
+    (crc,) = _CRC.unpack_from(data, _CHECKED)
+    intact = zlib.crc32(digest, zlib.crc32(data[:_CHECKED])) == crc
+    return intact and _digest(data[:_CHECKED], data[HEADER_BYTES:]) == digest
+
+
 def pad(size: int) -> int:
     """`size`, up to the next multiple of 8."""
     return -(-size // 8) * 8

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, TypeVar, final
 from modicum.errors import CorruptAdapterError
 from modicum.store.catalogue import audit, listing
 from modicum.store.catalogue.listing import Filter, Stats, check_filter
-from modicum.store.catalogue.lookup import Version, describe, find, find_name, resolve
+from modicum.store.catalogue.lookup import Version, describe, find, find_name, resolve, resolve_many
 from modicum.store.catalogue.names import Reference, check_name, reference
+from modicum.store.engine.interface import Stored
 from modicum.store.objects import stated_digest
 from modicum.store.record import Record, decode
 from modicum.store.stack import Stack, stack
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from modicum.store.catalogue.audit import Entry, Head
     from modicum.store.catalogue.lookup import Found
-    from modicum.store.engine.interface import Backend, Data, Snapshot, Stored
+    from modicum.store.engine.interface import Backend, Data, Snapshot
 
 T = TypeVar("T")
 #: versions looked up, and records read, at a time
@@ -69,8 +70,13 @@ class Readable(abc.ABC):
         wanted = [reference(version) for version in versions]
 
         def read(view: Snapshot) -> Stack:
-            found = [resolve(view, one) for one in wanted]
-            return stack([str(one) for one in found], _records(view, found))
+            found = resolve_many(view, wanted)
+            located = view.locate([one.object for one in found])
+            return stack(
+                [str(one) for one in found],
+                located,
+                lambda row, data: _decoded(found[row], Stored(located[row].digest, data))[1],
+            )
 
         return self._read(read)
 

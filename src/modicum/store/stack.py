@@ -9,15 +9,23 @@ import numpy as np
 
 from modicum.errors import ConfigError, listing
 from modicum.store import low_bit
-from modicum.store.numbers import to_floats
+from modicum.store.beside import COMPUTING, side_by_side, split
+from modicum.store.engine.interface import ROOM
+from modicum.store.front import HEADER_BYTES, Front, pad, sound_like
+from modicum.store.numbers import finite, to_floats
+from modicum.store.objects import stated_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
 
+    from modicum.store.engine.interface import Data, Located
     from modicum.store.layout import Layout
     from modicum.store.record import Record
+
+#: bytes of records from which on threads share the work
+_MANY = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -58,18 +66,30 @@ class Stack:
         return found if dtype is None else found.to(dtype)
 
 
-def stack(versions: Sequence[str], records: Sequence[Record]) -> Stack:
-    """The records, one per row, in their order.
+def stack(
+    versions: Sequence[str], located: Sequence[Located], opened: Callable[[int, Data], Record]
+) -> Stack:
+    """The records, one per row, in their order; every bit of them is checked.
+
+    `opened(row, data)` is the record of a row, or says what is wrong with it. Most adapters of a fleet differ in their
+    numbers only: these are taken from the bytes.
 
     Raises:
         ConfigError: there are none, or some differ from the first in method, type or tensors; all of them are named.
+        CorruptAdapterError: see `opened`.
     """
-    if not records:
+    if not located:
         raise ConfigError("no adapters to stack; name at least one")
-    first = records[0]
+    like = located[0].read(None)
+    first = opened(0, like)
+    values = np.empty((len(located), first.values.size), first.values.dtype)
+    values[0] = first.values
+    parts = split(range(1, len(located)), COMPUTING if sum(one.size for one in located) > _MANY else 1)
+    taken = side_by_side(lambda rows: _take(rows, located, values, first, like), parts)
+    rest = {row: opened(row, located[row].read(None)) for some in taken for row in some}
     other = [
-        f"{version} ({record.method}, {record.dtype}, {len(record.layout.names)} tensors)"
-        for version, record in zip(versions, records, strict=True)
+        f"{versions[row]} ({record.method}, {record.dtype}, {len(record.layout.names)} tensors)"
+        for row, record in rest.items()
         # layouts are cached, so that those of one base model are mostly one object
         if (record.method, record.dtype) != (first.method, first.dtype)
         or (record.layout is not first.layout and not _same(record.layout, first.layout))
@@ -79,10 +99,39 @@ def stack(versions: Sequence[str], records: Sequence[Record]) -> Stack:
             f"only adapters of one kind can be stacked. {versions[0]} is {first.method}, {first.dtype}, "
             f"{len(first.layout.names)} tensors; different are {listing(other)}"
         )
-    values = np.empty((len(records), first.values.size), first.values.dtype)
-    for row, record in zip(values, records, strict=True):
-        row[:] = record.values
+    for row, record in rest.items():
+        values[row] = record.values
     return Stack(tuple(versions), first.method, first.dtype, first.layout, values)
+
+
+def _take(
+    rows: Sequence[int], located: Sequence[Located], values: np.ndarray, first: Record, like: Data
+) -> list[int]:
+    """The rows that were not filled with the numbers of their records: these are not as `first`, or are damaged.
+
+    `like`: the bytes of `first`.
+    """
+    if first.sections:  # which have numbers of their own
+        return list(rows)
+    packed = Front.read(like).packed
+    # one piece of memory for all of them: new one costs more than what is done with it
+    room, rest = bytearray(ROOM + len(like)), []
+    for row in rows:
+        one = located[row]
+        data = one.read(room) if one.size == len(like) else b""
+        if sound_like(data, like, packed) and stated_digest(data) == one.digest:
+            start = HEADER_BYTES + pad(packed)
+            values[row] = np.frombuffer(data, values.dtype, values.shape[1], start)
+        else:
+            values[row] = 0
+            rest.append(row)
+    return rest if _finite(values[rows[0] : rows[-1] + 1], first) else list(rows)
+
+
+def _finite(values: np.ndarray, like: Record) -> bool:
+    if like.dtype in low_bit.BITS:
+        return all(low_bit.finite(row, like.layout.blocks, like.dtype) for row in values)
+    return finite(values, like.dtype)
 
 
 def _same(one: Layout, other: Layout) -> bool:

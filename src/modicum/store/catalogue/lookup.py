@@ -11,6 +11,7 @@ from modicum.store.catalogue.audit import moment, pseudonym
 from modicum.store.catalogue.names import LATEST, Reference
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from datetime import datetime
 
     from modicum.store.engine.interface import Snapshot
@@ -113,6 +114,37 @@ def find(view: Snapshot, wanted: Reference) -> Found | None:
         query = _BY_NUMBER if isinstance(wanted.selector, int) else _BY_ALIAS
         found = view.rows(query, wanted.name, wanted.selector)
     return Found(*found[0]) if found else None
+
+
+def resolve_many(view: Snapshot, wanted: Sequence[Reference]) -> list[Found]:
+    """The versions that all of `wanted` refer to, in their order.
+
+    Raises:
+        NotStoredError: see `resolve`.
+    """
+    by_selector: dict[int | str, list[str]] = {}
+    for one in dict.fromkeys(wanted):
+        by_selector.setdefault(one.selector, []).append(one.name)
+    found: dict[Reference, Found] = {}
+    for selector, names in by_selector.items():
+        if isinstance(selector, int) and not 0 < selector < _TOO_MANY:
+            continue
+        query, values = _of_many(selector)
+        for row in view.rows_of(query, names, *values):
+            found[Reference(row[1], selector)] = Found(*row)
+    return [found.get(one) or resolve(view, one) for one in wanted]
+
+
+def _of_many(selector: int | str) -> tuple[str, tuple]:
+    # the size is asked of the objects, which are wanted next: whoever reads ahead for this query does so for those
+    columns = f"{_COLUMNS.replace('v.size', 'o.size')} JOIN objects o ON o.id = v.object "
+    if selector == LATEST:
+        newest = "(SELECT max(w.version) FROM versions w WHERE w.name = n.id)"
+        return f"{columns} WHERE n.name IN ({{}}) AND v.version = {newest}", ()
+    if isinstance(selector, int):
+        return f"{columns} WHERE n.name IN ({{}}) AND v.version = ?", (selector,)
+    alias = "JOIN aliases a ON a.name = n.id AND a.version = v.version"
+    return f"{columns} {alias} WHERE n.name IN ({{}}) AND a.alias = ?", (selector,)
 
 
 def resolve(view: Snapshot, wanted: Reference) -> Found:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from modicum.errors import CorruptAdapterError
-from modicum.store.engine.interface import MovedError, Payload, Stored
+from modicum.store.engine.interface import Located, MovedError, Payload, Stored
 from modicum.store.engine.segments import START, framed
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from modicum.store.engine.interface import Data
     from modicum.store.engine.segments import Segment, Segments
@@ -21,28 +23,71 @@ if TYPE_CHECKING:
 #: bytes put together for one write
 _WRITE = 1 << 26
 _PLACE = "SELECT digest, segment, start, size FROM objects WHERE id = ?"
+_PLACES = "SELECT id, digest, segment, start, size FROM objects WHERE id IN ({})"
+#: keys of a query at a time: the first ones tell whether the disk is waited for, which takes longer than this for one
+_FIRST, _FOLLOWING = 1, 8
+_WAITED = 1e-4
+
+
+def marks(values: Sequence[Any]) -> str:
+    """As many question marks as there are values."""
+    return ", ".join("?" * len(values))
+
+
+def _nothing(query: str, keys: Sequence[Any], values: tuple) -> None:
+    """A change reads what it needs one by one."""
 
 
 class View:
     """A consistent view of the rows, and the objects they name."""
 
-    def __init__(self, db: sqlite3.Connection, segments: Segments, held: dict[int, Segment]) -> None:
-        """`held`: segments that are open already and may have been unlinked since."""
-        self._db, self._segments, self._held = db, segments, held
+    def __init__(
+        self,
+        db: sqlite3.Connection,
+        segments: Segments,
+        held: dict[int, Segment],
+        fetch: Callable[[str, Sequence[Any], tuple], None] = _nothing,
+    ) -> None:
+        """`held`: segments that are open already and may have been unlinked since.
+
+        `fetch(query, keys, values)` has the pages that a query needs read from the disk, before it is asked.
+        """
+        self._db, self._segments, self._held, self._fetch = db, segments, held, fetch
 
     def rows(self, query: str, *values: Any) -> list[tuple]:
         """All rows of a query."""
         return self._db.execute(query, values).fetchall()
 
-    def load(self, objects: Sequence[int]) -> list[Stored]:
-        """The objects with these numbers, in this order, unchecked."""
-        places = [self._place(number) for number in objects]
-        if len(places) > 1:
+    def rows_of(self, query: str, keys: Sequence[Any], *values: Any) -> list[tuple]:
+        """All rows of a query for many keys, in any order: `{}` in it is a list of some of them, before the values."""
+        found: list[tuple] = []
+        at, fetched = 0, False
+        while at < len(keys):
+            part, began = keys[at : at + (_FOLLOWING if at else _FIRST)], time.perf_counter()
+            found += self.rows(query.format(marks(part)), *part, *values)
+            at += len(part)
+            if not fetched and time.perf_counter() - began > _WAITED * len(part):
+                fetched = True
+                self._fetch(query, keys[at:], values)
+        return found
+
+    def locate(self, objects: Sequence[int]) -> list[Located]:
+        """Where the objects with these numbers are, in this order; of several, the disk begins to fetch them."""
+        if len(objects) == 1:
+            places = [self._place(objects[0])]
+        else:
+            known = {number: place for number, *place in self.rows_of(_PLACES, list(dict.fromkeys(objects)))}
+            places = [known.get(number) or self._place(number) for number in objects]
             for _, segment, start, size in places:
                 self.segment(segment).expect(start, size)
         return [
-            Stored(digest, self.segment(segment).read(start, size)) for digest, segment, start, size in places
+            Located(digest, size, functools.partial(self.segment(segment).read, start, size))
+            for digest, segment, start, size in places
         ]
+
+    def load(self, objects: Sequence[int]) -> list[Stored]:
+        """The objects with these numbers, in this order, unchecked."""
+        return [Stored(one.digest, one.read(None)) for one in self.locate(objects)]
 
     def _place(self, number: int) -> tuple[bytes, int, int, int]:
         found = self._db.execute(_PLACE, (number,)).fetchone()

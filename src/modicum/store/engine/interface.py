@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
+#: bytes that a backend may need beside those of an object, to read it
+ROOM = 16
 #: the bytes of an object, as they are given or as they were read
 Data = bytes | memoryview
 
@@ -41,6 +43,16 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Located:
+    """An object that is found but not read yet: the digest under which it is listed, and its size."""
+
+    digest: bytes
+    size: int
+    #: its bytes, unchecked, raising what `Snapshot.load` raises; on memory of `ROOM + size` bytes, if some is given
+    read: Callable[[bytearray | None], Data]
+
+
+@dataclass(frozen=True)
 class Compacted:
     """What a compaction did."""
 
@@ -61,6 +73,14 @@ class Snapshot(Protocol):
 
     def rows(self, query: str, *values: Any) -> list[tuple]:
         """All rows of a query."""
+        ...
+
+    def rows_of(self, query: str, keys: Sequence[Any], *values: Any) -> list[tuple]:
+        """All rows of a query for many keys, in any order: `{}` in it is a list of some of them, before the values."""
+        ...
+
+    def locate(self, objects: Sequence[int]) -> list[Located]:
+        """Where the objects with these numbers are, in this order; see `load`."""
         ...
 
     def load(self, objects: Sequence[int]) -> list[Stored]:

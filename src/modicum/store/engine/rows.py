@@ -8,7 +8,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from modicum.errors import CorruptAdapterError
-from modicum.store.engine.interface import Payload, Stored
+from modicum.store.engine.interface import Located, Payload, Stored
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -49,6 +49,10 @@ class PostgresView:
         """All rows of a query."""
         return self._db.execute(_query(query), values).fetchall()
 
+    def rows_of(self, query: str, keys: Sequence[Any], *values: Any) -> list[tuple]:
+        """All rows of a query for many keys, in any order: `{}` in it is a list of some of them, before the values."""
+        return [row for part in _parts(keys) for row in self.rows(query.format(_marks(part)), *part, *values)]
+
     def pages(self, query: str) -> Iterator[list[tuple]]:
         """All rows of a query, some thousand at a time."""
         with self._db.cursor("pages") as cursor:
@@ -56,16 +60,20 @@ class PostgresView:
             while rows := cursor.fetchmany(5000):
                 yield rows
 
+    def locate(self, objects: Sequence[int]) -> list[Located]:
+        """The objects with these numbers, in this order; a bucket is asked for all of them at once."""
+        return [
+            Located(one.digest, len(one.data), lambda _, data=one.data: data) for one in self.load(objects)
+        ]
+
     def load(self, objects: Sequence[int]) -> list[Stored]:
         """The objects with these numbers, in this order, unchecked.
 
         Raises:
             CorruptAdapterError: one is listed and not there, or not listed.
         """
-        digests = {}
-        for part in _parts(list(dict.fromkeys(objects))):
-            query = f"SELECT id, digest FROM objects WHERE id IN ({_marks(part)})"  # noqa: S608 - question marks
-            digests |= dict(self.rows(query, *part))
+        query = "SELECT id, digest FROM objects WHERE id IN ({})"
+        digests = dict(self.rows_of(query, list(dict.fromkeys(objects))))
         unlisted = [number for number in objects if number not in digests]
         if unlisted:
             raise CorruptAdapterError(
@@ -99,10 +107,7 @@ class PostgresChange(PostgresView):
     def add(self, payloads: Sequence[Payload]) -> list[int]:
         """The number of each object, with one use more; what is new is in the bucket."""
         wanted = {payload.digest: payload.data for payload in payloads}
-        known: dict[bytes, int] = {}
-        for part in _parts(list(wanted)):
-            query = f"SELECT digest, id FROM objects WHERE digest IN ({_marks(part)})"  # noqa: S608 - question marks
-            known |= dict(self.rows(query, *part))
+        known = dict(self.rows_of("SELECT digest, id FROM objects WHERE digest IN ({})", list(wanted)))
         fresh = [digest for digest in wanted if digest not in known]
         # what is damaged or missing is made whole: this is the moment
         there = self._bucket.get(known)

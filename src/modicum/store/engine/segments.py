@@ -58,8 +58,10 @@ class Segment:
         if hasattr(self, "handle"):
             os.close(self.handle)
 
-    def read(self, start: int, size: int) -> memoryview:
-        """The object of `size` bytes whose frame is at `start`, read-only; its contents are not checked.
+    def read(self, start: int, size: int, into: bytearray | None = None) -> memoryview:
+        """The object of `size` bytes whose frame is at `start`; its contents are not checked.
+
+        It is read-only, or the end of `into`, of `framed(size)` bytes at least, where that is given.
 
         Raises:
             MovedError: it was erased.
@@ -67,13 +69,19 @@ class Segment:
         """
         # frame and object at once: the disk is asked once, and the system, which would take a second read of what
         # follows for the beginning of a stream, does not fetch more than is wanted
-        known = size <= _SMALL or os.pread(self.handle, FRAME_BYTES, start) == frame(size)
-        found = os.pread(self.handle, FRAME_BYTES + (size if known else 0), start)
-        front = found[:FRAME_BYTES]
+        wanted = FRAME_BYTES + size
+        if size > _SMALL and os.pread(self.handle, FRAME_BYTES, start) != frame(size):
+            wanted = FRAME_BYTES
+        if into is None:
+            found = memoryview(os.pread(self.handle, wanted, start))
+        else:
+            found = memoryview(into)[:wanted]
+            found = found[: os.preadv(self.handle, [found], start)]
+        front = bytes(found[:FRAME_BYTES])
         if front[: len(_ERASED)] == _ERASED:
             raise MovedError(f"{self.path.name} at {start}: erased")
         if front == frame(size) and len(found) == FRAME_BYTES + size:
-            return memoryview(found)[FRAME_BYTES:]
+            return found[FRAME_BYTES:]
         whole = os.fstat(self.handle).st_size >= start + FRAME_BYTES + size
         fault = "no object starts there" if whole else "the file is cut short"
         raise CorruptAdapterError(

@@ -11,13 +11,14 @@ import weakref
 from typing import TYPE_CHECKING, Any, final
 
 from modicum.errors import ModicumError, StoreError
+from modicum.store.beside import WAITING, side_by_side, split
 from modicum.store.engine import checking, maintenance
-from modicum.store.engine.change import EmbeddedChange, View
+from modicum.store.engine.change import EmbeddedChange, View, marks
 from modicum.store.engine.interface import MovedError
 from modicum.store.engine.segments import Segments
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from modicum.store.engine.interface import Compacted
@@ -40,6 +41,8 @@ CREATE TABLE dead(
 """
 _DAMAGED = "has a damaged index: run verify, and restore it from a backup"
 _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+#: KiB of pages that a connection keeps, and one of a thread that reads ahead for others
+_CACHE, _LITTLE = 8192, 2048
 #: how often segments that a compaction has just unlinked are looked for
 _TRIES = 8
 #: connections that belong to a parent process; closing one there would harm the parent
@@ -112,10 +115,24 @@ class Embedded:
             try:
                 if not inside:
                     db.execute("BEGIN")
-                yield View(db, self.segments, self._hold(db) if pinned else {})
+                yield View(db, self.segments, self._hold(db) if pinned else {}, self._fetch)
             finally:
                 if db.in_transaction and not inside:
                     db.execute("ROLLBACK")
+
+    def _fetch(self, query: str, keys: Sequence[Any], values: tuple) -> None:
+        """Returns when threads have asked the query for the keys: its pages are then in the system's memory.
+
+        SQLite asks the disk for one page after the other. What the threads see may be of another moment than the view
+        that wants to know, so their answers are thrown away.
+        """
+
+        def ask(part: Sequence[Any]) -> None:
+            with contextlib.suppress(sqlite3.Error, StoreError):
+                db = self.connection(_LITTLE)
+                db.execute(query.format(marks(part)), (*part, *values)).fetchall()
+
+        side_by_side(ask, split(keys, WAITING))
 
     def _hold(self, db: sqlite3.Connection) -> dict[int, Segment]:
         """All segments that the view on `db` knows, open; what is missing for good is missing."""
@@ -193,13 +210,13 @@ class Embedded:
         if hasattr(self, "segments"):
             self.segments.close()
 
-    def connection(self) -> sqlite3.Connection:
-        """The connection of this thread in this process."""
+    def connection(self, cache: int = _CACHE) -> sqlite3.Connection:
+        """The connection of this thread in this process; a new one keeps up to `cache` KiB of pages."""
         if self._closed:
             raise StoreError(f"{self.location} has been closed; open it again")
         mine = getattr(self._mine, "connection", None)
         if mine is None or mine.process != os.getpid():
-            mine = self._mine.connection = _Connection(self.folder / INDEX, self.timeout)
+            mine = self._mine.connection = _Connection(self.folder / INDEX, self.timeout, cache)
             self._all.add(mine)
         return mine.db
 
@@ -249,9 +266,9 @@ def _advice(error: Exception, location: str, timeout: float) -> str:
 class _Connection:
     """A connection that ends with its thread, and that a forked child leaves alone."""
 
-    def __init__(self, file: Path, timeout: float) -> None:
+    def __init__(self, file: Path, timeout: float, cache: int) -> None:
         self.process, self.closed = os.getpid(), False
-        self.db = connect(file, timeout)
+        self.db = connect(file, timeout, cache)
 
     def close(self) -> None:
         if self.closed:
@@ -267,8 +284,8 @@ class _Connection:
             self.close()
 
 
-def connect(file: Path, timeout: float) -> sqlite3.Connection:
-    """A connection to an index, set up for durable changes and overwritten deletions."""
+def connect(file: Path, timeout: float, cache: int = _CACHE) -> sqlite3.Connection:
+    """A connection to an index, set up for durable changes and overwritten deletions; see `Embedded.connection`."""
     # mode=rw: a missing file is an error, not an empty store
     db = sqlite3.connect(
         f"{file.absolute().as_uri()}?mode=rw",
@@ -279,7 +296,7 @@ def connect(file: Path, timeout: float) -> sqlite3.Connection:
     )
     try:
         for pragma in (
-            "journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "temp_store=MEMORY", "cache_size=-8192",
+            "journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "temp_store=MEMORY", f"cache_size=-{cache}",
             "wal_autocheckpoint=4096", "journal_size_limit=67108864",
         ):  # fmt: skip
             db.execute(f"PRAGMA {pragma}").fetchall()
