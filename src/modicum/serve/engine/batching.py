@@ -17,6 +17,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from modicum.serve.engine.admission import PAGE
+from modicum.serve.engine.attention import register
 from modicum.serve.engine.prefix import PrefixCache
 from modicum.serve.engine.sampler import Sampler, failure
 
@@ -70,6 +71,9 @@ class Batching:
         self._manager = model.init_continuous_batching(
             GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1), _configuration(settings)
         )
+        # between the two: Transformers knows no other names when it begins, and makes masks for those it knows
+        self._attention = model.config._attn_implementation  # noqa: SLF001 - there is no other place to read it
+        model.set_attn_implementation(register())
         self._manager.logit_processor = _only(Sampler(table, counts, self._eos))
         self._manager.output_router = _Router(table)
         self._manager.warmup()  # makes the cache
@@ -116,6 +120,7 @@ class Batching:
         self._manager.stop(block=True, hard_stop=True)
         for hook in self._hooks:
             hook.remove()
+        self._model.set_attn_implementation(self._attention)
         self._table.end_step()
 
     def cache_used(self) -> float:
