@@ -29,7 +29,10 @@ async def read_object(request: Request) -> dict[str, Any]:
     except ClientDisconnect as error:
         raise ApiError(400, "the client hung up") from error
     try:
-        value = json.loads(data, parse_constant=_no_constant)
+        value = json.loads(data.decode(), parse_constant=_no_constant)
+        if b"\\u" in data:
+            # half of a character can be written so, and is no text
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
         raise ApiError(400, "the body is nested too deeply", code="invalid_json") from error
     except ValueError as error:

@@ -9,7 +9,7 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, final
 
-from modicum.errors import NotStoredError
+from modicum.errors import ConfigError, NotStoredError
 from modicum.serve.api.errors import ApiError, worded
 from modicum.serve.engine.interface import Request
 from modicum.serve.text import Answer
@@ -129,7 +129,10 @@ class Call:
         wanted = self._wanted
         self.choice = choice = await self._resolve()
         meter.about(model=wanted.model, version=choice.version)
-        prompts = await asyncio.to_thread(wanted.prompts) if wanted.size > _LONG else wanted.prompts()
+        try:
+            prompts = await asyncio.to_thread(wanted.prompts) if wanted.size > _LONG else wanted.prompts()
+        except ConfigError as error:
+            raise ApiError(400, str(error), param=wanted.field, code="invalid_value") from error
         sampling = self._fitting(max(map(len, prompts)))
         self._prompt_tokens = sum(map(len, prompts))
         permit.used(prompt=self._prompt_tokens)

@@ -30,7 +30,7 @@ _KNOWN: tuple[tuple[type[ModicumError], int, str], ...] = (
     (StoreError, 503, "store_unavailable"),
     (ConfigError, 400, "invalid_value"),
 )
-_NAMES = {404: "not_found", 405: "method_not_allowed"}
+_NAMES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 
 class ApiError(ModicumError):

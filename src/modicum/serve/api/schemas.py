@@ -173,10 +173,16 @@ def parse(schema: type[Schema], body: dict[str, Any]) -> Schema:
 
 
 def _fault(schema: type[BaseModel], fault: Any) -> tuple[str | None, str]:
-    where = [str(part) for part in fault["loc"]]
+    """The field at the top, and what is wrong where in it."""
+    # where a field may be of several types, pydantic names the type it tried, too
+    where = [
+        part for part in fault["loc"] if isinstance(part, int) or (part.isidentifier() and part != "str")
+    ]
     if not where:
         return None, fault["msg"]
+    name = str(where[0])
     if fault["type"] == "extra_forbidden" and len(where) == 1:
         names = [*schema.model_fields, *_REFUSED, *_IGNORED]
-        return where[0], f"there is no field {where[0][:100]!r}{did_you_mean(where[0][:100], names)}"
-    return where[0], f"{where[0]}: {fault['msg']}"
+        return name, f"there is no field {name[:100]!r}{did_you_mean(name[:100], names)}"
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where[1:])
+    return name, f"{name}{path}: {fault['msg']}"
