@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from tests.store.small_records import record
 
 from modicum.errors import CorruptAdapterError, StoreError
 from modicum.store import Filter, Put, Store
+from modicum.store.beside import WAITING
+from modicum.store.engine import change
 from modicum.store.engine.interface import MovedError
 from modicum.store.engine.segments import START, Segments, framed
 
@@ -66,6 +70,60 @@ def test_a_place_that_is_none(segments):
         segments.append(1, start + 1000, [b"x"])
     with pytest.raises(MovedError):
         segments.get(2)
+
+
+def test_an_object_is_read_at_once_and_onto_given_memory(segments):
+    data = bytes(range(256)) * 400
+    (start, _) = segments.append(1, START, [data, b"next"])
+    segment = segments.get(1)
+    segment.read(start, len(data))
+    before = calls()
+    for _ in range(50):
+        segment.read(start, len(data))
+    assert calls() - before < 60
+    room = bytearray(framed(len(data)) + 100)
+    read = segment.read(start, len(data), room)
+    assert read == data
+    room[framed(0)] ^= 1
+    assert read != data
+    with pytest.raises(TypeError):
+        segment.read(start, len(data))[0] = 1
+
+
+def calls():
+    """How often this process has asked the system to read."""
+    io = Path("/proc/self/io")
+    if not io.exists():
+        pytest.skip("the system does not count what is read")
+    return int(next(line.split()[1] for line in io.read_text().splitlines() if line.startswith("syscr")))
+
+
+def test_a_large_object_and_a_size_that_no_memory_holds(segments):
+    data = b"12345678" * (1 << 18)
+    (start,) = segments.append(1, START, [data])
+    assert segments.get(1).read(start, len(data)) == data
+    for size in (len(data) + 8, 1 << 60):
+        with pytest.raises(CorruptAdapterError, match="cut short"):
+            segments.get(1).read(start, size)
+
+
+def test_what_a_slow_disk_is_asked_in_advance_changes_nothing(store, monkeypatch):
+    store.put_many([(f"u{n}", record(n)) for n in range(100)])
+    names = [f"u{n}" for n in range(99, -1, -3)]
+    monkeypatch.setattr(change, "_WAITED", 1e9)
+    quick = store.get_many(names)
+    opened = len(store._backend._all)
+    monkeypatch.setattr(change, "_WAITED", 0.0)
+    slow = store.get_many(names)
+    assert (slow.versions, slow.values.tolist()) == (quick.versions, quick.values.tolist())
+    assert opened == 1
+    assert 1 < len(store._backend._all) <= 1 + WAITING  # those who asked, each with a connection of its own
+    # the answers of others are of another moment, and nobody's
+    with store.snapshot() as frozen:
+        store.put_many([(f"u{n}", record(n + 1)) for n in range(100)])
+        assert frozen.get_many(names).values.tolist() == quick.values.tolist()
+    store.purge("u99")
+    assert store.verify().faults == ()
 
 
 def test_erasing_touches_its_object_alone(segments):
