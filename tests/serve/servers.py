@@ -60,7 +60,9 @@ class Offline:
         )
 
     @torch.no_grad()
-    def tokens(self, record: Record | None, prompt: str, count: int) -> list[int]:
+    def tokens(
+        self, record: Record | None, prompt: str, count: int, *, ignore_eos: bool = False
+    ) -> list[int]:
         """The greedy tokens behind the prompt."""
         model = self._base
         if record is not None:
@@ -68,14 +70,20 @@ class Offline:
             AdapterState.of(model, "default").copy_from(state_from(record))
         ids = torch.tensor([self.tokenizer(prompt).input_ids])
         answer = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            do_sample=False,
+            **({"eos_token_id": None} if ignore_eos else {}),
         )
         return answer[0, ids.shape[1] :].tolist()
 
-    def text(self, record: Record | None, prompt: str, count: int) -> str:
+    def text(self, record: Record | None, prompt: str, count: int, **options) -> str:
         """The greedy text behind the prompt."""
         before = self.tokenizer(prompt).input_ids
-        whole = self.tokenizer.decode(before + self.tokens(record, prompt, count), skip_special_tokens=True)
+        whole = self.tokenizer.decode(
+            before + self.tokens(record, prompt, count, **options), skip_special_tokens=True
+        )
         return whole[len(self.tokenizer.decode(before, skip_special_tokens=True)) :]
 
 
