@@ -53,7 +53,7 @@ class Design:
     alpha: float = 0.05
     #: it ends undecided after so many users whose outcome is known
     max_users: int = 100_000
-    #: seconds after a user's first answer in which feedback counts; its mean is then the user's outcome, once for all
+    #: seconds after a user's first feedback in which more of it counts; its mean is then the user's outcome for good
     window: float = 3600.0
     #: seconds after an answer in which feedback on it is taken
     patience: float = 604_800.0

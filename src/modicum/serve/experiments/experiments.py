@@ -220,12 +220,11 @@ class Experiments:
 
     def _check(self, one: Experiment) -> None:
         window, until = one.design.window, self._clock() - one.design.window
-        due = "SELECT 1 FROM users WHERE experiment = ? AND place IS NULL AND at <= ? LIMIT 1"
-        if self._ledger.read(lambda db: db.execute(due, (one.id, until)).fetchone()):
+        if self._ledger.read(lambda db: tables.due(db, one.id, until)):
             self._ledger.do(lambda db: tables.close_windows(db, one.id, until, window))
 
         def judged(db: sqlite3.Connection) -> Any:
-            fixed = "SELECT count(*) FROM users WHERE experiment = ? AND value IS NOT NULL"
+            fixed = "SELECT max(place) FROM users WHERE experiment = ? AND place IS NOT NULL"
             state = (db.execute(fixed, (one.id,)).fetchone(), tables.totals(db, one.id))
             if state == self._judged.get(one.id):
                 return None

@@ -96,6 +96,9 @@ def give(
         "ON CONFLICT(experiment, user, response) DO UPDATE SET value = excluded.value",
         (*key, about.arm, value, now),
     )
+    # what is said of another arm than the first one, after a change of weights, is no outcome of this user
+    query = "UPDATE users SET rated = ? WHERE experiment = ? AND user = ? AND arm = ? AND rated IS NULL"
+    db.execute(query, (now, about.experiment.id, about.user, about.arm))
     return {
         "object": "feedback",
         "experiment": design.name,

@@ -104,7 +104,8 @@ class Lifecycle:
                     f"the experiment {one.name!r} is {one.state}; only a stopped one can be promoted"
                 )
             store.acting(actor).promote(version, expected=expected)
-        columns = {"state": "promoted", "winner": label}
+        before = json.dumps({**one.before, name: expected})
+        columns = {"state": "promoted", "winner": label, "before": before}
         self._to(one, actor, "promote", ("stopped",), columns, arm=label)
         return version
 
@@ -119,16 +120,14 @@ class Lifecycle:
         version = one.design.arm(one.winner).version
         assert version is not None
         at, store = reference(version), self._needed().acting(actor)
-        found: int | None = one.before.get(at.name)
-        number = at.selector
+        number, found = at.selector, one.before.get(at.name)
         assert isinstance(number, int)
-        if found == number:
-            pass  # it was production before
-        elif found is None:
-            if _points_at(store, at.name) is not None:
+        # repeated after a crash, the alias may be back already
+        if _points_at(store, at.name) != found:
+            if found is None:
                 store.unalias(at.name, PRODUCTION, expected=number)
-        else:
-            found = store.rollback(at.name, expected=number)
+            else:
+                found = store.rollback(at.name, expected=number)
         self._to(one, actor, "rollback", ("promoted",), {"state": "rolled back"}, arm=one.winner)
         return None if found is None else f"{at.name}@{found}"
 

@@ -145,10 +145,7 @@ def report(db: sqlite3.Connection, experiment: Experiment, lost: int = 0) -> Rep
             "SELECT arm, count(*) FROM users WHERE experiment = ? GROUP BY arm", (experiment.id,)
         ).fetchall()
     )
-    waiting = (
-        "SELECT count(*) FROM users u WHERE u.experiment = ? AND u.place IS NULL AND EXISTS "
-        "(SELECT 1 FROM feedback f WHERE f.experiment = u.experiment AND f.user = u.user)"
-    )
+    waiting = "SELECT count(*) FROM users WHERE experiment = ? AND place IS NULL AND rated IS NOT NULL"
     arms = tuple(
         _arm(db, experiment, arm, found, counted.get(arm.label, Totals()), users.get(arm.label, 0))
         for arm in experiment.arms

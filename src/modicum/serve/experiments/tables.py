@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 FILE = "experiments.sqlite"
-#: a user has no `value` until the window of the first answer has closed; `place` is the order in which that happened
+#: a user has no `value` until the window after the first feedback (`rated`) has closed; `place` is the order of that
 TABLES = """
 CREATE TABLE IF NOT EXISTS experiments(
     id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, design TEXT NOT NULL, salt BLOB NOT NULL,
     state TEXT NOT NULL, weights TEXT NOT NULL, created REAL NOT NULL, started REAL, ended REAL, reason TEXT,
     winner TEXT, before TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS users(
-    experiment INTEGER NOT NULL, user BLOB NOT NULL, arm TEXT NOT NULL, at REAL NOT NULL, value REAL, place INTEGER,
-    PRIMARY KEY(experiment, user)) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS users_open ON users(experiment, at) WHERE place IS NULL;
-CREATE INDEX IF NOT EXISTS users_closed ON users(experiment, place) WHERE value IS NOT NULL;
+    experiment INTEGER NOT NULL, user BLOB NOT NULL, arm TEXT NOT NULL, at REAL NOT NULL, rated REAL, value REAL,
+    place INTEGER, PRIMARY KEY(experiment, user)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS users_open ON users(experiment, rated) WHERE place IS NULL AND rated IS NOT NULL;
+CREATE INDEX IF NOT EXISTS users_closed ON users(experiment, place) WHERE place IS NOT NULL;
 CREATE TABLE IF NOT EXISTS exposures(
     id INTEGER PRIMARY KEY, experiment INTEGER NOT NULL, arm TEXT NOT NULL, owner BLOB NOT NULL, user BLOB NOT NULL,
     response TEXT, at REAL NOT NULL, outcome TEXT NOT NULL, seconds REAL NOT NULL, first REAL, slow INTEGER);
@@ -43,6 +43,7 @@ CREATE TABLE IF NOT EXISTS feedback(
     at REAL NOT NULL, PRIMARY KEY(experiment, user, response)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS owed(id INTEGER PRIMARY KEY AUTOINCREMENT, actor TEXT NOT NULL, about TEXT NOT NULL);
 """
+_DUE = "WHERE experiment = ? AND place IS NULL AND rated IS NOT NULL AND rated <= ?"
 _OF_AN_EXPERIMENT = ("users", "exposures", "totals", "feedback")
 
 
@@ -217,26 +218,26 @@ def expose(db: sqlite3.Connection, seen: Exposure, limit: float | None) -> None:
     )
 
 
-def close_windows(db: sqlite3.Connection, experiment: int, until: float, window: float) -> int:
-    """How many users' outcomes are now fixed: those whose first answer was given at `until` or before.
+def due(db: sqlite3.Connection, experiment: int, until: float) -> bool:
+    """Whether there is a user whose outcome can be fixed; see `close_windows`."""
+    return db.execute(f"SELECT 1 FROM users {_DUE} LIMIT 1", (experiment, until)).fetchone() is not None  # noqa: S608
 
-    It is the mean over what they said of the arm they had first, to three decimals; who said nothing has none.
+
+def close_windows(db: sqlite3.Connection, experiment: int, until: float, window: float) -> int:
+    """How many users' outcomes are now fixed: those who first said something at `until` or before.
+
+    It is the mean over what they said within `window` seconds of the arm they had first, to three decimals.
     """
     query = (
-        "SELECT u.user, (SELECT avg(f.value) FROM feedback f WHERE f.experiment = u.experiment AND f.user = u.user "
-        "AND f.arm = u.arm AND f.at <= u.at + ?) FROM users u "
-        "WHERE u.experiment = ? AND u.place IS NULL AND u.at <= ? ORDER BY u.at, u.user"
+        "SELECT user, (SELECT avg(f.value) FROM feedback f WHERE f.experiment = users.experiment "  # noqa: S608
+        f"AND f.user = users.user AND f.arm = users.arm AND f.at <= rated + ?) FROM users {_DUE} ORDER BY rated, user"
     )
     rows = db.execute(query, (window, experiment, until)).fetchall()
-    (last,) = db.execute(
-        "SELECT coalesce(max(place), 0) FROM users WHERE experiment = ?", (experiment,)
-    ).fetchone()
+    query = "SELECT coalesce(max(place), 0) FROM users WHERE experiment = ? AND place IS NOT NULL"
+    (last,) = db.execute(query, (experiment,)).fetchone()
     db.executemany(
         "UPDATE users SET value = ?, place = ? WHERE experiment = ? AND user = ?",
-        (
-            (None if value is None else round(value, 3), place, experiment, user)
-            for place, (user, value) in enumerate(rows, last + 1)
-        ),
+        ((round(value, 3), place, experiment, user) for place, (user, value) in enumerate(rows, last + 1)),
     )
     return len(rows)
 
@@ -244,7 +245,7 @@ def close_windows(db: sqlite3.Connection, experiment: int, until: float, window:
 def outcomes(db: sqlite3.Connection, experiment: int) -> dict[str, list[float]]:
     """Arm -> outcomes of its users, in the order in which they were fixed."""
     found: dict[str, list[float]] = {}
-    query = "SELECT arm, value FROM users WHERE experiment = ? AND value IS NOT NULL ORDER BY place"
+    query = "SELECT arm, value FROM users WHERE experiment = ? AND place IS NOT NULL ORDER BY place"
     for arm, value in db.execute(query, (experiment,)):
         found.setdefault(arm, []).append(value)
     return found

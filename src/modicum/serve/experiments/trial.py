@@ -137,11 +137,6 @@ class Shadows:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def cancel(self) -> None:
-        """Returns when those that run will soon not; belongs to their event loop."""
-        for task in self._tasks:
-            task.cancel()
-
 
 def agreement(answer: Run, shadow: Run) -> float | None:
     """The share of tokens up to the first that differs; where the answer was cut, only as far as it goes."""
