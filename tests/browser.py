@@ -116,7 +116,9 @@ class Page:
         """Returns when the JavaScript condition holds."""
         until = time.monotonic() + _PATIENCE
         while not self.evaluate(f"Boolean({condition})"):
-            assert time.monotonic() < until, f"never true: {condition}; logged: {self.logged}"
+            assert time.monotonic() < until, (
+                f"never true: {condition}; logged: {self.logged}; {self.evaluate('document.body.innerText')}"
+            )
             time.sleep(0.05)
 
     def press(self, key: str, *, shift: bool = False) -> None:

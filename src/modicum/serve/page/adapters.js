@@ -15,6 +15,11 @@ export function startAdapters() {
   });
 }
 
+export function forgetAdapters() {
+  chosen = null;
+  $("adapter").value = "";
+}
+
 export async function showAdapters() {
   const { adapters } = await call("/admin/adapters");
   show($("residents"), adapters, () => table("Adapters in memory", [["Version", ""], ["Method", ""], ["Rank", "number"],

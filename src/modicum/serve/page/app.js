@@ -3,7 +3,7 @@
 import { $, say, wipe } from "./dom.js";
 import { after, forget, showLive } from "./live.js";
 import { showTenants } from "./tenants.js";
-import { showAdapters, startAdapters } from "./adapters.js";
+import { forgetAdapters, showAdapters, startAdapters } from "./adapters.js";
 import { showExperiments } from "./experiments.js";
 
 const KEY = "modicum-key";
@@ -43,7 +43,8 @@ export async function act(done, path, method = "POST", body) {
 const span = () => document.querySelector("input[name=span]:checked").value;
 
 /* one look at a time, or frames would come twice */
-export async function look() {
+export async function look(all = false) {
+  if (all) slow = 0;
   again = looking;
   if (document.hidden || looking) return;
   looking = true;
@@ -62,7 +63,7 @@ async function once() {
     if (data.you.sees_all) showLive(data, kind);
     showTenants(data);
     if (data.you.admin && slow-- <= 0) {
-      slow = 4;
+      slow = span() === "coarse" ? 1 : 9;
       await Promise.all([showAdapters(), showExperiments()]);
     }
   } catch (error) {
@@ -94,9 +95,10 @@ function enter(error) {
   const tried = sessionStorage.getItem(KEY) !== null;
   sessionStorage.removeItem(KEY);
   for (const id of ["live", "tenants", "adapters", "experiments", "who"]) $(id).hidden = true;
-  for (const id of ["tiles", "tenant-list", "residents", "adapter-detail", "experiment-list"]) wipe($(id));
-  $("model").textContent = "";
+  for (const id of ["tiles", "tenant-list", "residents", "adapter-detail", "experiment-list", "names"]) wipe($(id));
+  $("model").textContent = $("name").textContent = "";
   forget();
+  forgetAdapters();
   say("");
   $("key-fault").textContent = tried && error ? "This key is not valid." : "";
   $("login").hidden = false;

@@ -53,17 +53,18 @@ export function say(text, wrong = false) {
 }
 
 /* whether somebody who was asked says yes; the focus goes back to where it was */
+let settle = () => {};
 export function ask(title, text, yes) {
-  const dialog = $("ask");
+  settle(false);
   $("ask-title").textContent = title;
   $("ask-text").textContent = text;
   $("ask-yes").textContent = yes;
-  dialog.returnValue = "no";
-  dialog.showModal();
-  return new Promise((resolve) => {
-    dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"), { once: true });
-  });
+  $("ask").returnValue = "no";
+  $("ask").showModal();
+  return new Promise((resolve) => { settle = resolve; });
 }
+/* may come after the dialog was opened again */
+$("ask").addEventListener("close", () => { if (!$("ask").open) settle($("ask").returnValue === "yes"); });
 
 /* numbers as people read them */
 const LOCALE = "en";

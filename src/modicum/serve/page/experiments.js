@@ -81,17 +81,25 @@ function drawn({ value, low, high }, scale, index) {
 }
 
 function buttons(one) {
-  const button = (text, title, question, action, done, main = false) => h("button", {
-    type: "button", class: main ? "main" : "", "data-key": `${one.name} ${action}`, "aria-label": `${text} ${one.name}`,
-    click: async () => { if (await ask(title, question, text)) await act(done, path(one.name, action)); },
+  const button = (text, title, question, action, done, body, key = action) => h("button", {
+    type: "button", "data-key": `${one.name} ${key}`, "aria-label": `${text}: ${one.name}`,
+    click: async () => { if (await ask(title, question, text)) await act(done, path(one.name, action), "POST", body); },
   }, text);
-  const winner = one.winner ?? null;
-  return [
-    one.state === "draft" ? button("Start", `Start ${one.name}?`, "Its arms get their users from the next request on.", "/start", `${one.name} runs.`, true) : null,
-    one.state === "running" ? button("Stop", `Stop ${one.name}?`, "No more users are assigned, and it cannot be started again.", "/stop", `${one.name} has stopped.`) : null,
-    winner && one.state === "stopped" ? button("Promote winner", `Promote ${winner}?`,
-      `The winner of ${one.name} becomes what everybody gets from the next request on.`, "/promote", `${winner} of ${one.name} is promoted.`, true) : null,
-    one.state === "promoted" ? button("Roll back", `Roll ${one.name} back?`,
-      "Everybody gets again what was there before it was promoted.", "/rollback", `${one.name} is rolled back.`) : null,
-  ];
+  switch (one.state) {
+    case "draft":
+      return [button("Start", `Start ${one.name}?`, "Its arms get their users from the next request on.", "/start", `${one.name} runs.`)];
+    case "running":
+      return [button("Stop", `Stop ${one.name}?`, "Everybody gets the control from the next request on. It cannot be started again.",
+        "/stop", `${one.name} has stopped.`)];
+    case "stopped":
+      return one.arms.filter((arm) => arm.version && (!one.winner || arm.label === one.winner)).map((arm) =>
+        button(one.winner ? `Promote the winner, ${arm.label}` : `Promote ${arm.label}`, `Promote ${arm.label} of ${one.name}?`,
+          `${arm.version} becomes what everybody gets from the next request on.`, "/promote", `${arm.version} is in production.`,
+          { arm: arm.label }, `/promote ${arm.label}`));
+    case "promoted":
+      return [button("Roll back", `Roll ${one.name} back?`, "Everybody gets again what was there before it was promoted.",
+        "/rollback", `${one.name} is rolled back.`)];
+    default:
+      return [];
+  }
 }
