@@ -16,7 +16,7 @@ from modicum.serve.experiments.tables import Exposure
 
 
 def simulate(experiments, engine, clock, users, liked, *, seed=0, look=20):
-    """How many users came, one by one, and said how they liked it, before a look after every `look` of them ended it."""
+    """How many users came, one by one, and said how they liked it, before a look ended it."""
     rng = random.Random(seed)
 
     async def come():
