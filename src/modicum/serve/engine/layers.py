@@ -51,7 +51,7 @@ class Directions:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.all: list[Direction] = []
-        self._known: dict[tuple[int, str], int] = {}
+        self._known: dict[tuple[int, str, int], int] = {}
 
     @property
     def bytes(self) -> int:
@@ -60,7 +60,9 @@ class Directions:
 
     def add(self, layer: int, key: str, basis: LayerBasis, site: Site) -> int:
         """The number of the directions that the layer has in the basis called `key`."""
-        if (layer, key) not in self._known:
+        # a basis grows in place when a larger rank comes; what was taken from it stays as it is
+        known = layer, key, basis.rank
+        if known not in self._known:
             ut = self._whole(basis.ut)
             if basis.a is not None:
                 found = Direction(self._whole(basis.a), ut, None)
@@ -68,8 +70,8 @@ class Directions:
                 bias = site.bias
                 found = Direction(None, ut, None if bias is None else ut.float() @ bias.detach().float())
             self.all.append(found)
-            self._known[layer, key] = len(self.all) - 1
-        return self._known[layer, key]
+            self._known[known] = len(self.all) - 1
+        return self._known[known]
 
     def _whole(self, rows: Tensor) -> Tensor:
         missing = padded(len(rows), LANES) - len(rows)
