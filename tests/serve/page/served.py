@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import http.client
 import json
-import threading
 import time
+import urllib.error
+import urllib.request
 
-import torch
-from peft import get_peft_model
+from tests.serve.servers import Served, adapter, serving
 
-from modicum import LoraXSConfig
-from modicum.models.embedded import path
-from modicum.models.loading import load_base
-from modicum.serve.server import Server, bind, open_service
-from modicum.serve.settings import EngineSettings, Settings
 from modicum.store import Store
-from modicum.store.files import to_record
 
 #: what nobody should be able to put into a page
 HOSTILE = "<img src=x onerror=window.ran=1><script>window.ran=1</script>"
@@ -28,30 +21,30 @@ HOSTILE = "<img src=x onerror=window.ran=1><script>window.ran=1</script>"
 class Site:
     """A running server, and who may ask it."""
 
-    port: int
-    service: object
+    served: Served
     store: Store
-    admin: str
-    ada: str
+    admin: str = ""
+    ada: str = ""
 
     @property
     def address(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return self.served.url
 
     def ask(self, method, place, body=None, key=None):
-        """(status, JSON) of one request."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        """(status, answer) of one request; JSON is read."""
+        headers = {"Authorization": f"Bearer {key or self.admin}", "Content-Type": "application/json"}
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.address}{place}", data, headers, method=method)
         try:
-            headers = {"Authorization": f"Bearer {key or self.admin}", "Content-Type": "application/json"}
-            connection.request(method, place, None if body is None else json.dumps(body), headers)
-            answer = connection.getresponse()
-            text = answer.read()
-        finally:
-            connection.close()
-        kind = answer.getheader("content-type", "")
-        return answer.status, json.loads(text) if kind.startswith("application/json") else text.decode()
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                status, kind, text = answer.status, answer.headers["content-type"], answer.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                status, kind, text = error.code, error.headers["content-type"], error.read()
+        return status, json.loads(text) if kind == "application/json" else text.decode()
 
     def complete(self, model, key=None, **more):
+        """The answer to a small completion."""
         body = {"model": model, "prompt": "The little", "max_tokens": 8, **more}
         status, answer = self.ask("POST", "/v1/completions", body, key or self.ada)
         assert status == 200, answer
@@ -61,44 +54,24 @@ class Site:
 @contextlib.contextmanager
 def site(folder, *, with_keys=True):
     """A server whose files are in `folder`."""
-    store = Store(folder / "store", create=True, actor=HOSTILE)
-    fill(store)
-    settings = Settings(
-        EngineSettings("embedded", max_batch=8, cache_tokens=4096, slots=8, max_rank=8),
-        store=str(folder / "store"),
-        state=folder / "state",
-        port=0,
-        grace=1.0,
-        prices=folder / "prices.yaml",
-    )
-    settings.prices.write_text(
-        "currency: EUR\nper_1000_tokens: {prompt: 0.5, generated: 2}\n", encoding="utf-8"
-    )
-    with store, bind(settings) as listener, open_service(settings) as service:
-        admin = service.keys.add("chief", adapters=("*",), admin=True, base=True) if with_keys else ""
-        ada = service.keys.add("ada", adapters=("notes",), base=True) if with_keys else ""
-        server, ready = Server(service, listener), threading.Event()
-        thread = threading.Thread(target=server.run, args=(ready.set,))
-        thread.start()
-        try:
-            assert ready.wait(60)
-            yield Site(listener.getsockname()[1], service, store, admin, ada)
-        finally:
-            server.stop()
-            thread.join()
+    prices = folder / "prices.yaml"
+    prices.write_text("currency: EUR\nper_1000_tokens: {prompt: 0.5, generated: 2}\n", encoding="utf-8")
+    engine = {"max_batch": 8, "cache_tokens": 4096, "slots": 8}
+    with Store(folder / "store", create=True, actor=HOSTILE) as store:
+        fill(store)
+        with serving(folder / "state", folder / "store", engine=engine, grace=1.0, prices=prices) as served:
+            running, keys = Site(served, store), served.service.keys
+            if with_keys:
+                running.admin = keys.add("chief", adapters=("*",), admin=True, base=True)
+                running.ada = keys.add("ada", adapters=("notes",), base=True)
+            yield running
 
 
 def fill(store: Store) -> None:
     """Three versions of `notes`, the second of them in production after the first, and another tenant's `secret`."""
-    model = get_peft_model(load_base(str(path())), LoraXSConfig(r=4, target_modules=["q_proj"]))
     for seed, note in ((1, HOSTILE), (2, "shorter answers"), (3, None)):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(seed))
-        record, _ = to_record(model)
-        store.put("notes", record, metrics={"accuracy": 0.9 + seed / 100}, note=note)
-        store.put("secret", record)
+        store.put("notes", adapter(seed), metrics={"accuracy": 0.9 + seed / 100}, note=note)
+    store.put("secret", adapter(4))
     store.promote("notes@1")
     store.promote("notes@2")
 

@@ -9,11 +9,27 @@ from tests.browser import NoBrowserError, browser
 from tests.serve.page.served import HOSTILE, run_experiment, site
 
 #: how many elements the keyboard reaches
-STOPS = """(() => { const all = [...document.querySelectorAll(
-    'a[href], button, input, svg[tabindex], [role=region][tabindex]')];
-    return all.filter((one) => one.tabIndex >= 0 && one.getBoundingClientRect().width > 0).length; })()"""
-FOCUSED = """(() => { const one = document.activeElement; return [one.id || one.dataset.key || one.getAttribute('aria-label')
-    || one.textContent.trim(), one.matches(':focus-visible'), getComputedStyle(one.closest('label') ?? one).outlineStyle]; })()"""
+STOPS = """[...document.querySelectorAll('a[href], button, input, svg[tabindex], [role=region][tabindex]')]
+    .filter((one) => one.tabIndex >= 0 && one.getBoundingClientRect().width > 0).length"""
+#: what has the focus: its name, whether that is shown, and how
+FOCUSED = """(() => {
+    const one = document.activeElement, outline = getComputedStyle(one.closest("label") ?? one).outlineStyle;
+    const name = one.id || one.dataset.key || one.getAttribute("aria-label") || one.textContent.trim();
+    return [name, one.matches(":focus-visible"), outline]; })()"""
+#: title of every plot -> heights of the lines that are drawn
+DRAWN = """Object.fromEntries([...document.querySelectorAll("figure")].map((figure) => [
+    figure.querySelector("h3").textContent, [...figure.querySelectorAll(".plot .line")]
+        .map((line) => line.getBBox()).filter((box) => box.width > 1).map((box) => box.height)]))"""
+#: what has neither a text nor a label
+NAMELESS = """[...document.querySelectorAll("button, input, svg.plot, [role=region], section, dialog")]
+    .filter((one) => !(one.textContent.trim() || one.labels?.length || one.ariaLabel)).map((one) => one.outerHTML)"""
+INJECTED = """(() => {
+    const script = document.createElement("script"), image = new Image();
+    script.textContent = "window.ran = 1";
+    image.src = "http://127.0.0.1:9/x.png";
+    document.body.append(script, image);
+    script.remove();
+    image.remove(); })()"""
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +88,8 @@ def test_plots_draw_the_traffic(signed_in, served):
     for _ in range(12):
         served.complete("notes")
         time.sleep(0.1)
-    drawn = """Object.fromEntries([...document.querySelectorAll("figure")].map((figure) => [
-        figure.querySelector("h3").textContent, [...figure.querySelectorAll(".plot .line")].map((line) => line.getBBox())
-            .filter((box) => box.width > 1).map((box) => box.height)]))"""
-    signed_in.wait(f"({drawn})['Tokens per second'].some((height) => height > 20)")
-    heights = signed_in.evaluate(drawn)
+    signed_in.wait(f"({DRAWN})['Tokens per second'].some((height) => height > 20)")
+    heights = signed_in.evaluate(DRAWN)
     assert len(heights) == 6
     assert max(heights["Tokens per second"]) > 20
     assert len(heights["Requests at a time"]) == 3
@@ -97,7 +110,7 @@ def test_a_plot_is_read_with_the_keyboard(signed_in):
     signed_in.press("Home")
     signed_in.press("ArrowRight")
     name, label = signed_in.evaluate(
-        "['h3', '.plot'].map((one) => document.querySelector(`figure ${one}`)).map((one) => one.ariaLabel ?? one.textContent)"
+        "[document.querySelector('figure h3').textContent, document.querySelector('.plot').ariaLabel]"
     )
     assert name == "Tokens per second"
     assert label.startswith(f"{name}, ")
@@ -146,7 +159,6 @@ def test_rollback_rolls_back(signed_in, served):
         "rollback" in texts(signed_in, "#adapter-detail article > .scroll:last-child tbody tr:first-child")[0]
     )
     # what was moved meanwhile is not moved back
-    signed_in.evaluate("window.stale = document.querySelector('[data-key=rollback]')")
     served.store.promote("notes@3")
     signed_in.click("[data-key=rollback]")
     answer(signed_in, "yes")
@@ -272,9 +284,7 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(signed_in):
 
 def test_everything_has_a_name_and_tables_have_headers(signed_in):
     open_adapter(signed_in, "notes")
-    nameless = signed_in.evaluate("""[...document.querySelectorAll("button, input, svg.plot, [role=region], section, dialog")]
-        .filter((one) => !(one.textContent.trim() || one.labels?.length || one.ariaLabel)).map((one) => one.outerHTML)""")
-    assert nameless == []
+    assert signed_in.evaluate(NAMELESS) == []
     tables = signed_in.evaluate("""[...document.querySelectorAll("table")].map((one) => [
         one.caption.textContent, one.querySelectorAll("thead th[scope=col]").length, one.rows[1]?.cells.length ?? 0,
         one.querySelectorAll("tbody tr > th[scope=row]").length === one.tBodies[0].rows.length])""")
@@ -355,9 +365,7 @@ def test_no_request_leaves_the_server(signed_in, served):
 
 
 def test_the_policy_lets_nothing_else_run(signed_in):
-    signed_in.evaluate("""(() => { const script = document.createElement("script"); script.textContent = "window.ran = 1";
-        document.body.append(script); const image = new Image(); image.src = "http://127.0.0.1:9/x.png";
-        document.body.append(image); script.remove(); image.remove(); })()""")
+    signed_in.evaluate(INJECTED)
     signed_in.wait("true")
     assert signed_in.evaluate("window.ran === undefined")
     assert len([one for one in signed_in.logged if "Content Security Policy" in one]) == 2
