@@ -5,7 +5,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from modicum.cli._serve import keys, start
+from modicum.cli._serve import adapters, keys, start
 
 
 class _Group(TyperGroup):
@@ -25,3 +25,4 @@ app = typer.Typer(
 )
 app.command("start")(start.start)
 app.add_typer(keys.app, name="keys")
+app.add_typer(adapters.app, name="adapters")
