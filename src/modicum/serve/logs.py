@@ -48,7 +48,7 @@ class Lines(logging.Formatter):
 
 
 def configuration(kind: Format = "json", *, level: str = "INFO", access: bool = False) -> dict[str, Any]:
-    """The logging of a server in the words of `logging.config.dictConfig` and uvicorn's `log_config`: to stderr.
+    """The logging of a server in the words of `logging.config.dictConfig`: lines to stderr.
 
     `access`: also one line per HTTP request, besides the one per request to the model.
     """
