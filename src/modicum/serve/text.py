@@ -201,7 +201,7 @@ def token_bytes(tokenizer: Any, token: int) -> bytes:
     if token in tokenizer.all_special_ids or token in tokenizer.added_tokens_decoder:
         return str(name).encode()
     if _byte_level(tokenizer):
-        table = _byte_table()
+        table: dict[str, bytes] = _byte_table()
         return b"".join(table.get(letter, letter.encode()) for letter in name)
     if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
         return bytes.fromhex(name[3:5])

@@ -118,6 +118,8 @@ class EmbeddedEngine(Engine):
         self._watch: threading.Thread | None = None
         self._closing = threading.Event()
         self._dead = False
+        #: sequences that ask for their version just now
+        self._asking = 0
         self._places: asyncio.Semaphore | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ends = Pace()
@@ -238,12 +240,15 @@ class EmbeddedEngine(Engine):
         if self._slots is None:
             raise AdapterUnavailableError(f"{version}: adapters are not served here, only the base model")
         while True:
+            self._asking += 1
             try:
                 return await self._in_thread(self._slots.acquire, version)
             except OverloadedError:
-                # a slot comes back with the next sequence that ends, if one has any
-                if not self._table.leases():
+                # a slot comes back with the next sequence that ends, if another one has any, or is about to
+                if self._asking == 1 and not self._table.leases():
                     raise
+            finally:
+                self._asking -= 1
             await asyncio.sleep(_RETRY)
 
     async def _in_thread(self, acquire: Callable[[str], Any], version: str) -> Any:
