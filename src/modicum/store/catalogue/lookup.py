@@ -20,6 +20,8 @@ _COLUMNS = (
     "SELECT n.id, n.name, v.version, v.object, v.size, v.kind, v.entry "
     "FROM names n JOIN versions v ON v.name = n.id "
 )
+#: where in these columns the object is
+_OBJECT = 3
 _BY_NUMBER = f"{_COLUMNS} WHERE n.name = ? AND v.version = ?"
 _NEWEST = f"{_COLUMNS} WHERE n.name = ? ORDER BY v.version DESC LIMIT 1"
 _BY_ALIAS = (
@@ -130,21 +132,19 @@ def resolve_many(view: Snapshot, wanted: Sequence[Reference]) -> list[Found]:
         if isinstance(selector, int) and not 0 < selector < _TOO_MANY:
             continue
         query, values = _of_many(selector)
-        for row in view.rows_of(query, names, *values):
+        for row in view.rows_of(query, names, *values, wanted=_OBJECT):
             found[Reference(row[1], selector)] = Found(*row)
     return [found.get(one) or resolve(view, one) for one in wanted]
 
 
 def _of_many(selector: int | str) -> tuple[str, tuple]:
-    # the size is asked of the objects, which are wanted next: whoever reads ahead for this query does so for those
-    columns = f"{_COLUMNS.replace('v.size', 'o.size')} JOIN objects o ON o.id = v.object "
     if selector == LATEST:
         newest = "(SELECT max(w.version) FROM versions w WHERE w.name = n.id)"
-        return f"{columns} WHERE n.name IN ({{}}) AND v.version = {newest}", ()
+        return f"{_COLUMNS} WHERE n.name IN ({{}}) AND v.version = {newest}", ()
     if isinstance(selector, int):
-        return f"{columns} WHERE n.name IN ({{}}) AND v.version = ?", (selector,)
+        return f"{_COLUMNS} WHERE n.name IN ({{}}) AND v.version = ?", (selector,)
     alias = "JOIN aliases a ON a.name = n.id AND a.version = v.version"
-    return f"{columns} {alias} WHERE n.name IN ({{}}) AND a.alias = ?", (selector,)
+    return f"{_COLUMNS} {alias} WHERE n.name IN ({{}}) AND a.alias = ?", (selector,)
 
 
 def resolve(view: Snapshot, wanted: Reference) -> Found:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 #: bytes put together for one write
 _WRITE = 1 << 26
 _PLACE = "SELECT digest, segment, start, size FROM objects WHERE id = ?"
-_PLACES = "SELECT id, digest, segment, start, size FROM objects WHERE id IN ({})"
+PLACES = "SELECT id, digest, segment, start, size FROM objects WHERE id IN ({})"
 #: keys of a query at a time: the first ones tell whether the disk is waited for, which takes longer than this for one
 _FIRST, _FOLLOWING = 1, 8
 _WAITED = 1e-4
@@ -34,7 +34,7 @@ def marks(values: Sequence[Any]) -> str:
     return ", ".join("?" * len(values))
 
 
-def _nothing(query: str, keys: Sequence[Any], values: tuple) -> None:
+def _nothing(query: str, keys: Sequence[Any], values: tuple, wanted: int | None) -> None:
     """A change reads what it needs one by one."""
 
 
@@ -46,11 +46,11 @@ class View:
         db: sqlite3.Connection,
         segments: Segments,
         held: dict[int, Segment],
-        fetch: Callable[[str, Sequence[Any], tuple], None] = _nothing,
+        fetch: Callable[[str, Sequence[Any], tuple, int | None], None] = _nothing,
     ) -> None:
         """`held`: segments that are open already and may have been unlinked since.
 
-        `fetch(query, keys, values)` has the pages that a query needs read from the disk, before it is asked.
+        `fetch` has the pages that a query of `rows_of` needs read from the disk, before it is asked.
         """
         self._db, self._segments, self._held, self._fetch = db, segments, held, fetch
 
@@ -58,8 +58,13 @@ class View:
         """All rows of a query."""
         return self._db.execute(query, values).fetchall()
 
-    def rows_of(self, query: str, keys: Sequence[Any], *values: Any) -> list[tuple]:
-        """All rows of a query for many keys, in any order: `{}` in it is a list of some of them, before the values."""
+    def rows_of(
+        self, query: str, keys: Sequence[Any], *values: Any, wanted: int | None = None
+    ) -> list[tuple]:
+        """All rows of a query for many keys, in any order: `{}` in it is a list of some of them, before the values.
+
+        `wanted`: the column of objects that will be located next.
+        """
         found: list[tuple] = []
         at, fetched = 0, False
         while at < len(keys):
@@ -68,7 +73,7 @@ class View:
             at += len(part)
             if not fetched and time.perf_counter() - began > _WAITED * len(part):
                 fetched = True
-                self._fetch(query, keys[at:], values)
+                self._fetch(query, keys[at:], values, wanted)
         return found
 
     def locate(self, objects: Sequence[int]) -> list[Located]:
@@ -76,7 +81,7 @@ class View:
         if len(objects) == 1:
             places = [self._place(objects[0])]
         else:
-            known = {number: place for number, *place in self.rows_of(_PLACES, list(dict.fromkeys(objects)))}
+            known = {number: place for number, *place in self.rows_of(PLACES, list(dict.fromkeys(objects)))}
             places = [known.get(number) or self._place(number) for number in objects]
             for _, segment, start, size in places:
                 self.segment(segment).expect(start, size)

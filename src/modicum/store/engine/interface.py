@@ -75,8 +75,13 @@ class Snapshot(Protocol):
         """All rows of a query."""
         ...
 
-    def rows_of(self, query: str, keys: Sequence[Any], *values: Any) -> list[tuple]:
-        """All rows of a query for many keys, in any order: `{}` in it is a list of some of them, before the values."""
+    def rows_of(
+        self, query: str, keys: Sequence[Any], *values: Any, wanted: int | None = None
+    ) -> list[tuple]:
+        """All rows of a query for many keys, in any order: `{}` in it is a list of some of them, before the values.
+
+        `wanted`: the column of objects that will be located next, so that the disk may begin to fetch them.
+        """
         ...
 
     def locate(self, objects: Sequence[int]) -> list[Located]:

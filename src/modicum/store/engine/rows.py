@@ -49,7 +49,13 @@ class PostgresView:
         """All rows of a query."""
         return self._db.execute(_query(query), values).fetchall()
 
-    def rows_of(self, query: str, keys: Sequence[Any], *values: Any) -> list[tuple]:
+    def rows_of(
+        self,
+        query: str,
+        keys: Sequence[Any],
+        *values: Any,
+        wanted: int | None = None,  # noqa: ARG002 - a bucket fetches them all at once
+    ) -> list[tuple]:
         """All rows of a query for many keys, in any order: `{}` in it is a list of some of them, before the values."""
         return [row for part in _parts(keys) for row in self.rows(query.format(_marks(part)), *part, *values)]
 

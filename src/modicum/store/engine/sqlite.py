@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, final
 from modicum.errors import ModicumError, StoreError
 from modicum.store.beside import WAITING, side_by_side, split
 from modicum.store.engine import checking, maintenance
-from modicum.store.engine.change import EmbeddedChange, View, marks
+from modicum.store.engine.change import PLACES, EmbeddedChange, View, marks
 from modicum.store.engine.interface import MovedError
 from modicum.store.engine.segments import Segments
 
@@ -120,17 +120,21 @@ class Embedded:
                 if db.in_transaction and not inside:
                     db.execute("ROLLBACK")
 
-    def _fetch(self, query: str, keys: Sequence[Any], values: tuple) -> None:
+    def _fetch(self, query: str, keys: Sequence[Any], values: tuple, wanted: int | None) -> None:
         """Returns when threads have asked the query for the keys: its pages are then in the system's memory.
 
-        SQLite asks the disk for one page after the other. What the threads see may be of another moment than the view
-        that wants to know, so their answers are thrown away.
+        The objects in the column `wanted` are on their way there. SQLite asks the disk for one page after the other;
+        what the threads see may be of another moment than the view that wants to know, so it is thrown away.
         """
 
         def ask(part: Sequence[Any]) -> None:
-            with contextlib.suppress(sqlite3.Error, StoreError):
+            with contextlib.suppress(sqlite3.Error, ModicumError, OSError):
                 db = self.connection(_LITTLE)
-                db.execute(query.format(marks(part)), (*part, *values)).fetchall()
+                rows = db.execute(query.format(marks(part)), (*part, *values)).fetchall()
+                if wanted is not None:
+                    objects = [row[wanted] for row in rows]
+                    for *_, segment, start, size in db.execute(PLACES.format(marks(objects)), objects):
+                        self.segments.get(segment).expect(start, size)
 
         side_by_side(ask, split(keys, WAITING))
 
