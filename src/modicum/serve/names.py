@@ -54,6 +54,8 @@ class Choice:
     arm: str | None = None
     #: the label of the arm that runs in its shadow
     shadow: str | None = None
+    #: the entry of the store's log that put the version, where the store was asked
+    entry: int | None = None
 
 
 @final
@@ -65,7 +67,7 @@ class Names:
     ) -> None:
         self._store, self._experiments, self._base = store, experiments, base_name
         self._threads = ThreadPoolExecutor(_THREADS, "names")
-        self._last: OrderedDict[tuple[str, ...], tuple[float, str | None]] = OrderedDict()
+        self._last: OrderedDict[tuple[str, ...], tuple[float, tuple[str, int] | None]] = OrderedDict()
         self._away_until = 0.0
 
     def close(self) -> None:
@@ -97,7 +99,8 @@ class Names:
         found = await self._find(wanted, plain="@" not in model)
         if found is None:
             raise NotStoredError(f"no model {model[:200]!r}{await self._near(model, may)}")
-        return Choice(found, wanted.name)
+        version, entry = found
+        return Choice(version, wanted.name, entry=entry)
 
     async def visible(self, patterns: Sequence[str], limit: int = 100, after: str = "") -> list[str]:
         """Up to `limit` names of adapters that match one of the patterns, in order, behind the name `after`."""
@@ -125,15 +128,15 @@ class Names:
         of_base = any(arm.version is None for arm in one.arms)
         return all(map(may, {one.name, *one.design.adapters, *([self._base] if of_base else [])}))
 
-    async def _find(self, wanted: Reference, *, plain: bool) -> str | None:
-        """The version that it refers to; `plain`: production comes before the newest."""
+    async def _find(self, wanted: Reference, *, plain: bool) -> tuple[str, int] | None:
+        """The version that it refers to, and its entry in the log; `plain`: production comes before the newest."""
         store = self._store
         if store is None:
             return None
         asked = (Reference(wanted.name, PRODUCTION), wanted) if plain else (wanted,)
         key = tuple(map(str, asked))
         try:
-            found = await self._asked(lambda: store.find(*asked))
+            found = await self._asked(lambda: store.find_put(*asked))
         except StoreError:
             at, found = self._last.get(key, (0.0, None))
             if found is None or time.monotonic() - at > _AGE:

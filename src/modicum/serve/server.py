@@ -30,6 +30,7 @@ from modicum.serve.logs import RequestLog
 from modicum.serve.metrics import Metrics
 from modicum.serve.names import Names
 from modicum.serve.service import Service
+from modicum.serve.source import Source
 from modicum.serve.state import default_state
 from modicum.serve.traces import Traces
 
@@ -46,6 +47,8 @@ _FLUSH = 1.0
 _BACKLOG, _FILES = 2048, 1 << 16
 #: seconds that a connection stays without a request
 _IDLE = 30
+#: versions whose entries are remembered for every one in memory
+_REMEMBERED = 4
 #: seconds after the grace for last words to be sent
 _LAST_WORDS = 5
 
@@ -67,22 +70,14 @@ def open_service(settings: Settings) -> Iterator[Service]:
         limits = stack.enter_context(Limits(state))
         store = stack.enter_context(Store(settings.store)) if settings.store else None
         metrics = stack.enter_context(_metrics(settings))
-        engine, tokenizer = open_engine(settings.engine, store, metrics)
+        source = None if store is None else Source(store, _REMEMBERED * settings.engine.slots)
+        engine, tokenizer = open_engine(settings.engine, source, metrics)
         experiments = stack.enter_context(Experiments(state, store, base_name=settings.base_name))
         names = Names(store, experiments, settings.base_name)
         stack.callback(names.close)
         metrics.watch(engine)
-        yield Service(
-            replace(settings, state=state),
-            engine,
-            tokenizer,
-            names,
-            keys,
-            limits,
-            metrics,
-            experiments,
-            store,
-        )
+        opened = (engine, tokenizer, names, keys, limits, metrics, experiments, store, source)
+        yield Service(replace(settings, state=state), *opened)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from modicum.serve.metrics import Metrics
     from modicum.serve.names import Names
     from modicum.serve.settings import Settings
+    from modicum.serve.source import Source
     from modicum.store import Store
 
 
@@ -31,3 +32,5 @@ class Service:
     experiments: Experiments
     #: None where only the base model is served
     store: Store | None = None
+    #: what the engine loads from
+    source: Source | None = None

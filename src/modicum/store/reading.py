@@ -94,6 +94,14 @@ class Readable(abc.ABC):
         wanted = [reference(version) for version in versions]
         return self._read(lambda view: next((str(one) for one in _found(view, wanted)), None))
 
+    def find_put(self, *versions: str | Reference) -> tuple[str, int] | None:
+        """What `find` finds, and the entry of the log that put it: a number that is never used again.
+
+        A name that was purged begins anew at 1, so that `name@1` may come to mean something else.
+        """
+        wanted = [reference(version) for version in versions]
+        return self._read(lambda view: next(((str(one), one.entry) for one in _found(view, wanted)), None))
+
     def names(self, pattern: str = "*", *, after: str = "", limit: int = 100) -> list[str]:
         """Up to `limit` names that match the pattern, in order, behind the name `after`."""
         return self._read(lambda view: listing.names(view, pattern, after, limit))

@@ -129,6 +129,7 @@ class Call:
         wanted = self._wanted
         self.choice = choice = await self._resolve()
         meter.about(model=wanted.model, version=choice.version)
+        await self._refresh(choice)
         try:
             prompts = await asyncio.to_thread(wanted.prompts) if wanted.size > _LONG else wanted.prompts()
         except ConfigError as error:
@@ -137,7 +138,9 @@ class Call:
         self._prompt_tokens = sum(map(len, prompts))
         permit.used(prompt=self._prompt_tokens)
         return [
-            Request(tuple(prompt), _drawn(sampling, answer), choice.version, salt=self._key.name)
+            Request(
+                tuple(prompt), _drawn(sampling, answer), choice.version, f"{self._key.name} {choice.entry}"
+            )
             for prompt in prompts
             for answer in range(wanted.n)
         ]
@@ -152,6 +155,12 @@ class Call:
             )
         except NotStoredError as error:
             raise ApiError(404, str(error), param="model", code="model_not_found") from error
+
+    async def _refresh(self, choice: Choice) -> None:
+        """Returns when nothing in memory answers for a version that was purged and put anew."""
+        source, version, entry = self._service.source, choice.version, choice.entry
+        if source is not None and version and entry is not None and source.outdated(version, entry):
+            await self._service.engine.unload(version)
 
     def _fitting(self, longest: int) -> Sampling:
         """How tokens are chosen, with as many as fit where no number was asked for."""

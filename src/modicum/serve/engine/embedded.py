@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from modicum.serve.engine.interface import Request, Resident, Step
     from modicum.serve.settings import EngineSettings
+    from modicum.serve.source import Source
     from modicum.store import Store
     from modicum.store.record import Record
 
@@ -49,7 +50,7 @@ _LOOK, _RETRY = 0.1, 0.01
 
 
 def open_engine(
-    settings: EngineSettings, store: Store | None, observer: Observer | None = None
+    settings: EngineSettings, store: Store | Source | None, observer: Observer | None = None
 ) -> tuple[EmbeddedEngine, Any]:
     """The engine of the model that `settings` names, not started, and the model's tokenizer.
 

@@ -1,0 +1,51 @@
+"""What an engine loads adapters from, and whether what it has in memory is still the same.
+
+A version never changes, but a name that was purged begins anew, and then `ada@1` means something else. What is in
+memory from before must not answer for it, so it is remembered which entry of the store's log every version was put by.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from typing import TYPE_CHECKING, final
+
+from modicum.errors import NotStoredError
+
+if TYPE_CHECKING:
+    from modicum.store import Store
+    from modicum.store.record import Record
+
+
+@final
+class Source:
+    """The records of a store, by version; `most` entries are remembered, the last asked for."""
+
+    def __init__(self, store: Store, most: int) -> None:
+        self._store, self._most = store, most
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[str, int] = OrderedDict()
+
+    def get(self, version: str) -> Record:
+        """The record of `version`; any thread.
+
+        Raises:
+            NotStoredError, CorruptAdapterError, StoreError: see `Store.get`.
+        """
+        found = self._store.find_put(version)
+        record = self._store.get(version)
+        if found is None or self._store.find_put(version) != found:
+            raise NotStoredError(f"{version} was purged while it was loaded")
+        with self._lock:
+            self._entries[version] = found[1]
+            self._entries.move_to_end(version)
+            while len(self._entries) > self._most:
+                self._entries.popitem(last=False)
+        return record
+
+    def outdated(self, version: str, entry: int) -> bool:
+        """Whether what was loaded as `version` may be something else than what `entry` put."""
+        with self._lock:
+            if version in self._entries:
+                self._entries.move_to_end(version)
+            return self._entries.get(version) != entry
