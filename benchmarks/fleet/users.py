@@ -3,7 +3,7 @@
 Stretches are spread evenly over the 241 books (95 authors) of the data sets beside the repository, so that users differ
 in author, book and scene. Nothing of it is committed.
 
-    python benchmarks/fleet/users.py --data ../shared/data --output build/users.jsonl [--users 2048] [--rows 24]
+    python benchmarks/fleet/users.py --data ../shared/data --output build/users.jsonl [--users 2048] [--rows 16]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 #: characters of a passage: it ends with the sentence that passes the first, or at the second
-SHORTEST, LONGEST = 110, 190
+SHORTEST, LONGEST = 90, 160
 
 
 def books(data: Path) -> list[dict[str, Any]]:
@@ -72,14 +72,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--users", type=int, default=2048)
-    parser.add_argument("--rows", type=int, default=24)
+    parser.add_argument("--rows", type=int, default=16)
     arguments = parser.parse_args()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with arguments.output.open("w", encoding="utf-8") as stream:
-        for count, (user, texts) in enumerate(users(arguments.data, arguments.users, arguments.rows), 1):
+        for user, texts in users(arguments.data, arguments.users, arguments.rows):
             for text in texts:
                 stream.write(json.dumps({"user": user, "text": text}, ensure_ascii=False) + "\n")
-    print(f"{count} users of {arguments.rows} rows in {arguments.output}")
+    print(f"at most {arguments.users} users of {arguments.rows} rows in {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def steps_of(rows: int, options: TrainOptions) -> int:
     """How many steps a user with so many training rows makes."""
     wanted = math.ceil(options.epochs * math.ceil(rows / options.batch_size))
-    wanted = max(wanted, options.min_steps or 1)
+    wanted = max(wanted, options.min_steps)
     return min(wanted, options.max_steps) if options.max_steps else wanted
 
 

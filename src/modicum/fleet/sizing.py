@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 #: shares of the free memory that a pass and the numbers of a cohort may take
 _PASS, _NUMBERS = 0.5, 0.25
-#: beyond these, more gains nothing: processors are busy long before, and a cohort is what a crash costs
-_MOST_TOKENS = 16_384
-_MOST_USERS = 512
+#: beyond these, more gains nothing: a processor is busy long before, and larger passes leave its caches and cost
+#: it pages; a cohort is what a crash costs
+_MOST_TOKENS = {"cpu": 4096, "cuda": 65_536}
+_MOST_USERS = {"cpu": 256, "cuda": 4096}
 #: bytes of a trained number of a user: itself, two moments, gradient, a copy of what steps, and the best so far
 _NUMBER = 4 * 6
 
@@ -49,13 +50,13 @@ def sizes(base: FleetBase, options: TrainOptions, sample: Encoded, rank: int) ->
     numbers = base.widest.record.layout.size
     token = None
     tokens, users = options.tokens_per_pass, options.cohort_size
-    free = free_bytes(base.device)
+    kind, free = base.device.type, free_bytes(base.device)
     if tokens is None:
         token = token_bytes(base, {0: sample}, rank)
         longest = max(sample.lengths)
-        tokens = max(longest, min(_MOST_TOKENS, int(_PASS * free / token)))
+        tokens = max(longest, min(_MOST_TOKENS[kind], int(_PASS * free / token)))
     if users is None:
-        users = max(1, min(_MOST_USERS, int(_NUMBERS * free / (_NUMBER * numbers))))
+        users = max(1, min(_MOST_USERS[kind], int(_NUMBERS * free / (_NUMBER * numbers))))
     return Sizes(tokens, users, torch.get_num_threads(), token, _NUMBER * numbers)
 
 

@@ -73,7 +73,7 @@ class TrainOptions(Section):
     """How every user is trained; names and meanings are those of a recipe."""
 
     epochs: float = Field(3.0, gt=0, description="Passes of a user over its own rows.")
-    min_steps: int | None = Field(None, ge=1, description="Steps that users with few rows make nevertheless.")
+    min_steps: int = Field(10, ge=1, description="Steps that users with few rows make nevertheless.")
     max_steps: int | None = Field(None, ge=1, description="Steps at which users with many rows end.")
     batch_size: int = Field(8, ge=1, description="Rows of one user in a step.")
     learning_rate: float | None = Field(None, gt=0, description="Peak learning rate; by method when unset.")
@@ -273,7 +273,7 @@ def _cross_faults(spec: FleetSpec) -> Faults:
         faults.append(
             (("train", "early_stopping_patience"), "early stopping needs held-out rows: set users.held_out")
         )
-    if train.min_steps and train.max_steps and train.min_steps > train.max_steps:
+    if train.max_steps and train.min_steps > train.max_steps:
         faults.append((("train", "min_steps"), "train.min_steps is above train.max_steps"))
     if spec.ranks and spec.method.name != "lora":
         faults.append((("ranks",), "ranks by rows are for lora; adapters of lora_xs share one rank"))
