@@ -57,14 +57,15 @@ function detail({ name, fault, versions, history }) {
     h("div", { class: "head" },
       h("h3", { id: "adapter-name" }, name),
       current ? h("button", { type: "button", "data-key": "rollback", click: () => rollback(name, current) }, "Roll back") : null),
-    table(`Versions of ${name}`, [["Version", ""], ["Aliases", ""], ["Method", ""], ["Size", "number"], ["Stored", ""], ["By", ""],
-      ["Metrics", ""], ["Note", "wide"], ["", ""]],
+    table(`Versions of ${name}`, [["Version", ""], ["Production", ""], ["Aliases", ""], ["Metrics", ""], ["Stored", ""], ["By", ""],
+      ["Method", ""], ["Size", "number"], ["Note", "wide"]],
     versions.map((one) => [
-      String(one.version), one.aliases.join(", ") || "–", one.method, bytes(one.bytes), moment(one.created), one.actor,
-      Object.entries(one.metrics).map(([metric, value]) => `${metric} ${digits(value)}`).join(", ") || "–", one.note ?? "–",
-      one === current ? h("span", { class: "badge on" }, PRODUCTION) : h("button", {
+      String(one.version),
+      one === current ? h("span", { class: "badge on" }, "now") : h("button", {
         type: "button", "data-key": `promote ${one.version}`, "aria-label": `Promote ${name} version ${one.version}`, click: () => promote(name, one),
       }, "Promote"),
+      one.aliases.join(", ") || "–", Object.entries(one.metrics).map(([metric, value]) => `${metric} ${digits(value)}`).join(", ") || "–",
+      moment(one.created), one.actor, one.method, bytes(one.bytes), one.note ?? "–",
     ]), "All versions were removed."),
     h("h4", {}, "History"),
     table(`History of ${name}`, [["When", ""], ["Who", ""], ["What", ""], ["Version", ""], ["Details", "wide"]],
@@ -72,7 +73,8 @@ function detail({ name, fault, versions, history }) {
       "Nothing has happened."));
 }
 
-const details = (detail) => Object.entries(detail).filter(([key]) => key !== "nonce")
+/* what the store writes for itself is left out */
+const details = (detail) => Object.entries(detail).filter(([key]) => !["nonce", "kind"].includes(key))
   .map(([key, value]) => `${key}: ${typeof value === "string" ? value : JSON.stringify(value)}`).join(", ") || "–";
 
 async function rollback(name, current) {

@@ -44,7 +44,7 @@ function arms(one) {
     [`Outcome (${sure})`, "number"], [`${scale.low.toFixed(2)} … ${scale.high.toFixed(2)}`, ""], ["Against the control", ""],
     ["Errors", "number"], ["95 % within", "number"], ...(one.shadow ? [["Agreement", "number"]] : [])];
   const rows = one.arms.map((arm, index) => [
-    [h("span", {}, arm.control ? `${arm.label} (control)` : arm.label), h("small", {}, arm.version ?? "the base model")],
+    [h("span", {}, arm.label), h("small", {}, `${arm.version ?? "the base model"}${arm.control ? ", the control" : ""}`)],
     digits(arm.weight), count(arm.users),
     count(arm.requests), interval(arm.outcome), drawn(arm.outcome, scale, index), against(arm),
     percent(arm.error_rate.value), seconds(arm.seconds.p95),

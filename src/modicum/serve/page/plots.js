@@ -3,6 +3,7 @@
 
 import { h, svg } from "./dom.js";
 
+const SPANS = [60, 120, 300, 600, 1800, 3600];
 const HEIGHT = 168, LEFT = 52, RIGHT = 10, TOP = 8, BOTTOM = 22;
 
 /* the highest tick and the distance of ticks, so that up to four lie below; bytes have round numbers of their own */
@@ -16,7 +17,7 @@ function ticks(most, binary) {
 export class Plot {
   /* series: [{ name, field }]; written: number -> text; least: what the axis reaches at least */
   constructor(title, series, written, { least = 0, binary = false } = {}) {
-    Object.assign(this, { title, series, written, least, binary, cursor: null, frames: { at: [] }, span: 600 });
+    Object.assign(this, { title, series, written, least, binary, held: null, frames: { at: [] }, span: 600 });
     this.values = series.map(() => h("b", {}, "–"));
     this.time = h("span", { class: "small" });
     const legend = series.map((one, index) =>
@@ -31,11 +32,17 @@ export class Plot {
     new ResizeObserver(() => this.draw()).observe(this.element);
   }
 
-  update(frames, span, now) {
-    const moved = this.frames.at.length && frames.at.length ? frames.at.at(-1) - this.frames.at.at(-1) : 0;
-    Object.assign(this, { frames, span, now });
-    /* the cursor stays at its moment */
-    if (this.cursor !== null && moved) this.cursor = Math.min(this.cursor, frames.at.length - 1);
+  /* the frame that is read: the one that is held, or the newest */
+  get place() {
+    const found = this.held === null ? -1 : this.frames.at.findIndex((at) => at >= this.held);
+    return found < 0 ? this.frames.at.length - 1 : found;
+  }
+
+  update(frames, most, now) {
+    /* a server that started lately fills the width sooner */
+    const known = frames.at.length ? now - frames.at[0] : 0;
+    const span = SPANS.find((one) => one >= known && one <= most) ?? most;
+    Object.assign(this, { frames, span, now, gap: most > 600 ? 25 : 5 });
     this.draw();
   }
 
@@ -62,17 +69,16 @@ export class Plot {
         svg("path", { class: "rule", d: `M${LEFT} ${this.y(level)}H${width - RIGHT}` }),
         svg("text", { x: LEFT - 6, y: this.y(level) + 4, "text-anchor": "end" }, this.written(level)),
       ]),
-      ...this.hours(),
+      ...this.times(),
       ...this.series.map((_, index) => svg("path", { class: `line s${index}`, d: this.path(index) })),
       this.mark);
     this.tell();
   }
 
-  hours() {
-    const minutes = this.span / 60;
-    return [1, 0.5, 0].map((share) => svg("text", {
-      x: this.x(this.now - share * this.span), y: HEIGHT - 6, "text-anchor": share === 1 ? "start" : share === 0 ? "end" : "middle",
-    }, share === 0 ? "now" : `−${minutes * share} min`));
+  times() {
+    const ago = (seconds) => (seconds === 0 ? "now" : seconds % 60 ? `−${seconds} s` : `−${seconds / 60} min`);
+    return [[1, "start"], [0.5, "middle"], [0, "end"]].map(([share, anchor]) =>
+      svg("text", { x: this.x(this.now - share * this.span), y: HEIGHT - 6, "text-anchor": anchor }, ago(share * this.span)));
   }
 
   /* a line where there are values; a dot where there is one alone */
@@ -81,15 +87,13 @@ export class Plot {
     this.frames.at.forEach((at, place) => {
       const value = this.value(index, place), x = this.x(at);
       if (value === null || x < LEFT - 1) { open = false; return; }
-      if (at - before > this.gap()) open = false;
+      if (at - before > this.gap) open = false;
       path += `${open ? "L" : "M"}${x.toFixed(1)} ${this.y(value).toFixed(1)}`;
       if (!open) path += "h.01";
       [open, before] = [true, at];
     });
     return path;
   }
-
-  gap() { return this.span > 600 ? 25 : 5; }
 
   point(x) {
     const at = this.now - this.span * (1 - (x - LEFT) / (this.width - LEFT - RIGHT));
@@ -105,19 +109,22 @@ export class Plot {
     const step = { ArrowLeft: -1, ArrowRight: 1, PageUp: -30, PageDown: 30, Home: -Infinity, End: Infinity }[event.key];
     if (step === undefined || last < 0) return;
     event.preventDefault();
-    this.put(Math.max(0, Math.min(last, (this.cursor ?? last) + step)));
+    this.put(Math.max(0, Math.min(last, this.place + step)));
   }
 
-  put(cursor) { this.cursor = cursor; this.tell(); }
+  put(place) {
+    this.held = place === null ? null : this.frames.at[place];
+    this.tell();
+  }
 
   tell() {
-    const last = this.frames.at.length - 1, place = this.cursor ?? last;
+    const place = this.place;
     const words = this.series.map((one, index) => {
       const value = place < 0 ? null : this.value(index, place);
       this.values[index].textContent = value === null ? "–" : this.written(value);
       return `${one.name} ${this.values[index].textContent}`;
     });
-    const at = this.cursor === null ? "" : new Date(this.frames.at[place] * 1000).toLocaleTimeString("sv-SE");
+    const at = this.held === null || place < 0 ? "" : new Date(this.frames.at[place] * 1000).toLocaleTimeString("sv-SE");
     this.time.textContent = at;
     this.mark?.setAttribute("d", at === "" ? "" : `M${this.x(this.frames.at[place]).toFixed(1)} ${TOP}V${HEIGHT - BOTTOM}`);
     this.drawing.setAttribute("aria-label", `${this.title}${at && `, ${at}`}: ${words.join(", ")}`);
