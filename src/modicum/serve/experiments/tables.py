@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
+from secrets import token_bytes
 from typing import TYPE_CHECKING, Any
 
 from modicum.errors import ConflictError, NotStoredError, did_you_mean
@@ -132,7 +132,7 @@ def create(db: sqlite3.Connection, design: Design, now: float) -> None:
     db.execute(
         "INSERT INTO experiments(name, design, salt, state, weights, created, before) "
         "VALUES (?, ?, ?, 'draft', ?, ?, ?)",
-        (design.name, json.dumps(design.as_dict()), os.urandom(32), weights_text(design.arms), now, "{}"),
+        (design.name, json.dumps(design.as_dict()), token_bytes(32), weights_text(design.arms), now, "{}"),
     )
 
 
@@ -268,4 +268,4 @@ def forget(db: sqlite3.Connection, experiment: int, user: bytes) -> int:
     query = f"DELETE FROM users {of_user} AND value IS NULL"  # noqa: S608 - our own words
     count += db.execute(query, (experiment, user)).rowcount
     query = f"UPDATE users SET user = ? {of_user}"  # noqa: S608 - our own words
-    return count + db.execute(query, (os.urandom(len(user)), experiment, user)).rowcount
+    return count + db.execute(query, (token_bytes(len(user)), experiment, user)).rowcount
