@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from modicum.errors import ConfigError
 from modicum.evaluate.resources import Prices
-from modicum.serve.costs import Tariff
+from modicum.serve.costs import Tariff, Usage, largest
 from modicum.serve.engine.interface import EngineStats, PoolStats
 from modicum.serve.exposition import Exposition
 from modicum.serve.metrics import Metrics
@@ -281,6 +281,34 @@ def test_a_wrong_tariff_is_refused_with_all_that_is_wrong(tmp_path, text, said):
         Tariff.read(file)
     for part in [*said, "prices.yaml"]:
         assert part in str(caught.value)
+
+
+def test_the_largest_tenants_are_listed_and_the_others_together():
+    usage = {f"t{index}": Usage({"ok": 1}, index, 0, 0, float(index > 7)) for index in range(10)}
+    found = largest(usage, 3)
+    assert list(found) == ["t9", "t8", "t7", "other"]
+    assert found["other"] == Usage({"ok": 7}, sum(range(7)))
+    assert usage["t0"] == Usage({"ok": 1})
+
+
+def test_an_engine_that_cannot_be_looked_at_leaves_a_gap(caplog):
+    class Broken(Standing):
+        def stats(self):
+            if self.said.pop("broken", False):
+                raise RuntimeError("in between")
+            return super().stats()
+
+    metrics = Metrics()
+    metrics._stop.wait = _answers([False, False, True])
+    metrics.watch(Broken(broken=True, running=3))
+    metrics._sampler.join()
+    assert "in between" in caplog.text
+    assert metrics.timeline.since()["running"] == [3]
+
+
+def _answers(given):
+    left = iter(given)
+    return lambda _: next(left)
 
 
 def test_no_prices_no_cost(tmp_path):

@@ -8,6 +8,7 @@ import logging
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.serve.page.served import site
+from tests.serve.servers import serving
 
 from modicum.serve.logs import REQUESTS, Lines
 
@@ -120,3 +121,11 @@ def test_the_log_says_who_waited_for_a_load_and_never_what_was_asked(served, wri
     # what the tenant may not see is not in the log under its name
     assert "model" not in refused
     assert "secret" not in json.dumps(written)
+
+
+def test_prompts_are_in_the_log_of_a_server_that_is_told_to(tmp_path, written):
+    with serving(tmp_path, log_prompts=True) as served:
+        served.client().completions.create(model="base", prompt=[PROMPT, "Another"], max_tokens=1)
+    (line,) = written
+    assert PROMPT in line["prompt"]
+    assert "Another" in line["prompt"]

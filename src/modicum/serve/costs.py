@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+#: what tenants beyond the first ones are called together
+OTHER = "other"
 #: the kinds of tokens that have a price
 KINDS = ("prompt", "cached", "generated")
 #: the section of prices per 1,000 tokens
@@ -122,6 +124,27 @@ class Usage:
         self.cached_tokens += other.cached_tokens
         self.generated_tokens += other.generated_tokens
         self.cost += other.cost
+
+
+def largest(usage: Mapping[str, Usage], most: int) -> dict[str, Usage]:
+    """The `most` tenants that cost most (then: had most tokens), and the others together as `OTHER`."""
+
+    def size(one: tuple[str, Usage]) -> tuple[float, int]:
+        return -one[1].cost, -one[1].prompt_tokens - one[1].generated_tokens
+
+    ordered = sorted(usage.items(), key=size)
+    found = dict(ordered[:most])
+    for _, used in ordered[most:]:
+        found[OTHER] = merged(found.get(OTHER, Usage()), used)
+    return found
+
+
+def merged(*usage: Usage) -> Usage:
+    """All of it together, as one that nothing else changes."""
+    total = Usage()
+    for one in usage:
+        total.merge(one)
+    return total
 
 
 @final

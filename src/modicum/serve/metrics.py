@@ -6,6 +6,7 @@ looks at the engine once per second. When a request has ended, all that is known
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, final
 
 import psutil
 
-from modicum.serve.costs import MachineCost, Tariff, Usage
+from modicum.serve.costs import OTHER, MachineCost, Tariff, Usage, merged
 from modicum.serve.engine.interface import EngineStats, Observer
 from modicum.serve.timeline import Gauges, Spread, Timeline, Work
 
@@ -25,9 +26,8 @@ if TYPE_CHECKING:
 
     from modicum.serve.engine.interface import Engine
 
+log = logging.getLogger("modicum.serve")
 Outcome = Literal["ok", "error", "cancelled", "refused", "timeout"]
-#: what the tenants behind the first `labels` are called together in `/metrics`
-OTHER = "other"
 #: tenants and kinds of errors that are counted one by one; keys are made by the operator, so these are far away
 _MOST_TENANTS, _MOST_KINDS = 10_000, 50
 #: ticks between two looks at what the machine has cost
@@ -242,15 +242,15 @@ class Metrics(Observer):
     def usage(self) -> dict[str, Usage]:
         """What every tenant had since the server started, by its name; those beyond 10,000 together as `other`."""
         with self._lock:
-            found = {tenant: _copy(usage) for tenant, usage in self._tenants.items()}
+            found = {tenant: merged(usage) for tenant, usage in self._tenants.items()}
             if self._rest.requests:
-                found.setdefault(OTHER, Usage()).merge(self._rest)
+                found[OTHER] = merged(found.get(OTHER, Usage()), self._rest)
         return found
 
     def usage_of(self, tenant: str) -> Usage:
         """What one tenant had since the server started."""
         with self._lock:
-            return _copy(self._tenants.get(tenant, Usage()))
+            return merged(self._tenants.get(tenant, Usage()))
 
     def labelled(self) -> dict[str, Usage]:
         """What tenants had, as few of them as `/metrics` has labels for, and the `other`s together."""
@@ -301,7 +301,11 @@ class Metrics(Observer):
 
     def _sample(self) -> None:
         while not self._stop.wait(1.0 - time.time() % 1.0):
-            self.tick()
+            try:
+                self.tick()
+            except Exception:
+                # a gap in the plots; requests go on
+                log.exception("the engine cannot be looked at")
 
     def _of(self, tenant: str) -> Usage:
         usage = self._tenants.get(tenant)
@@ -356,9 +360,3 @@ def _sum(*spreads: Spread) -> Spread:
     for spread in spreads:
         total.merge(spread)
     return total
-
-
-def _copy(usage: Usage) -> Usage:
-    copied = Usage()
-    copied.merge(usage)
-    return copied

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, final
 
 if TYPE_CHECKING:
@@ -158,8 +158,7 @@ class Timeline:
 
 
 def _columns(frames: Sequence[Frame]) -> dict[str, list[Any]]:
-    rows = [asdict(frame) for frame in frames]
-    return {name: [row[name] for row in rows] for name in Frame.__dataclass_fields__}
+    return {one.name: [getattr(frame, one.name) for frame in frames] for one in fields(Frame)}
 
 
 def _frame(at: float, seconds: float, work: Work, gauges: Gauges) -> Frame:

@@ -134,6 +134,8 @@ class Call:
             prompts = await asyncio.to_thread(wanted.prompts) if wanted.size > _LONG else wanted.prompts()
         except ConfigError as error:
             raise ApiError(400, str(error), param=wanted.field, code="invalid_value") from error
+        if self._service.settings.log_prompts:
+            meter.about(prompt="\n".join(map(self._service.tokenizer.decode, prompts)))
         sampling = self._fitting(max(map(len, prompts)))
         self._prompt_tokens = sum(map(len, prompts))
         permit.used(prompt=self._prompt_tokens)

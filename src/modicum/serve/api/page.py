@@ -11,6 +11,7 @@ from fastapi import APIRouter, Response
 
 from modicum.serve.api.access import Caller, Watcher
 from modicum.serve.api.errors import ApiError
+from modicum.serve.costs import largest
 from modicum.serve.exposition import Exposition
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ _FILES = {
         "text/javascript; charset=utf-8",
     ),
 }
+#: tenants that the page lists one by one
+_SHOWN = 200
 _HEADERS = {
     # nothing but these files runs, is shown or is asked for, and no other page may frame this one
     "Content-Security-Policy": (
@@ -53,7 +56,7 @@ def router(service: Service) -> APIRouter:
         return Response(files["index.html"], media_type="text/html; charset=utf-8", headers=_HEADERS)
 
     @routes.get("/page/live")
-    async def live(key: Caller, after: float = 0.0, coarse: bool = False) -> dict[str, Any]:
+    def live(key: Caller, after: float = 0.0, coarse: bool = False) -> dict[str, Any]:
         """What is going on, to whoever may see it; to all others what they used themselves."""
         sees_all = key.admin or key.metrics
         you = {"name": key.name, "admin": key.admin, "sees_all": sees_all}
@@ -99,5 +102,5 @@ def _server(service: Service, after: float, *, coarse: bool) -> dict[str, Any]:
 
 
 def _priced(service: Service, usage: dict[str, Usage]) -> dict[str, Any]:
-    tenants = [{"name": name, **asdict(used)} for name, used in usage.items()]
+    tenants = [{"name": name, **asdict(used)} for name, used in largest(usage, _SHOWN).items()]
     return {"currency": service.metrics.tariff.currency or None, "tenants": tenants}
