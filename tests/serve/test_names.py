@@ -202,3 +202,15 @@ def test_an_experiment_takes_over_the_name_of_its_adapter_while_it_runs(names, e
     assert resolve(names, "ada", lambda name: name != "base", "u") == Choice("ada@1", "ada")
     experiments.stop("ada", "chief")
     assert resolve(names, "ada", user="u") == Choice("ada@1", "ada")
+
+
+def test_of_an_experiment_too_it_is_known_what_was_put(names, experiments, store):
+    arms = [{"label": "old", "version": "ada@1"}, {"label": "new", "version": "team/eve@1"}]
+    experiments.create({"name": "tone", "arms": arms}, "chief")
+    put = asyncio.run(names.resolve("ada@1", everything)).entry
+    assert asyncio.run(names.resolve("tone", everything)).entry == put
+    # what was erased is not answered from memory
+    store.unalias("ada", "production")
+    store.unalias("ada", "canary")
+    store.purge("ada", 1)
+    assert refused(names, "tone") == "what the experiment 'tone' gives is no longer in the store"

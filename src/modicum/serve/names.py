@@ -16,7 +16,7 @@ import secrets
 import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar, final
 
 from modicum.errors import ConfigError, NotStoredError, StoreError, did_you_mean
@@ -88,7 +88,7 @@ class Names:
             return Choice(None, None)
         chosen = self._by_experiment(model, may, user)
         if chosen is not None:
-            return chosen
+            return await self._stored(chosen)
         try:
             wanted = reference(model)
             hidden = model == self._base or not may(wanted.name)
@@ -123,6 +123,22 @@ class Names:
             return None
         name = None if route.version is None else reference(route.version).name
         return Choice(route.version, name, one.name, route.arm, route.shadow)
+
+    async def _stored(self, chosen: Choice) -> Choice:
+        """What an experiment chose, with the entry that put it, as far as the store can be asked.
+
+        Raises:
+            NotStoredError: the version was removed.
+        """
+        if chosen.version is None:
+            return chosen
+        try:
+            found = await self._find(reference(chosen.version), plain=False)
+        except StoreError:
+            return chosen
+        if found is None:
+            raise NotStoredError(f"what the experiment {chosen.experiment!r} gives is no longer in the store")
+        return replace(chosen, entry=found[1])
 
     def _allowed(self, one: Experiment, may: Callable[[str], bool]) -> bool:
         of_base = any(arm.version is None for arm in one.arms)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import threading
@@ -10,14 +11,14 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, final
 
-from modicum.errors import ModicumError, NotStoredError, did_you_mean
+from modicum.errors import ConflictError, NotStoredError, StoreError, did_you_mean
 from modicum.serve.experiments import tables
 from modicum.serve.experiments.assignment import assign, owner, pseudonym
 from modicum.serve.experiments.feedback import Feedback, give
 from modicum.serve.experiments.guardrails import Pace
 from modicum.serve.experiments.ledger import Ledger
 from modicum.serve.experiments.lifecycle import Lifecycle
-from modicum.serve.experiments.report import Report, judge, report
+from modicum.serve.experiments.report import Findings, Report, Verdict, findings, judge, report
 from modicum.serve.experiments.trial import Shadows, Trial, observed
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Experiments:
         self._lifecycle = Lifecycle(self._ledger, store, base_name, clock)
         self._known: dict[str, Experiment] = {}
         self._judged: dict[int, Any] = {}
+        self._found: dict[int, Findings] = {}
         self._checking, self._ending = threading.Lock(), threading.Event()
         self._reload()
         self._thread = threading.Thread(target=self._watch, args=(every,), name="experiments", daemon=True)
@@ -207,7 +209,7 @@ class Experiments:
     def report(self, name: str) -> Report:
         """What the experiment has found so far."""
         one = self._seen(name)
-        return self._ledger.read(lambda db: report(db, one, self._ledger.lost))
+        return self._ledger.read(lambda db: report(db, one, self._findings(db, one), self._ledger.lost))
 
     def check(self) -> None:
         """Returns when outcomes whose window has closed are fixed, experiments that are decided stopped, logs told."""
@@ -223,26 +225,31 @@ class Experiments:
         if self._ledger.read(lambda db: tables.due(db, one.id, until)):
             self._ledger.do(lambda db: tables.close_windows(db, one.id, until, window))
 
-        def judged(db: sqlite3.Connection) -> Any:
-            fixed = "SELECT max(place) FROM users WHERE experiment = ? AND place IS NOT NULL"
-            state = (db.execute(fixed, (one.id,)).fetchone(), tables.totals(db, one.id))
-            if state == self._judged.get(one.id):
-                return None
-            verdict = judge(db, one)
-            self._judged[one.id] = state
-            return verdict
+        def judged(db: sqlite3.Connection) -> tuple[Any, Verdict | None]:
+            found = self._findings(db, one)
+            state = found.place, tables.totals(db, one.id)
+            return state, None if state == self._judged.get(one.id) else judge(db, one, found)
 
-        verdict = self._ledger.read(judged)
+        state, verdict = self._ledger.read(judged)
         if verdict is not None:
-            self._lifecycle.stop(one, ACTOR, verdict.reason, verdict.winner)
+            # unless somebody has just stopped it
+            with contextlib.suppress(ConflictError):
+                self._lifecycle.stop(one, ACTOR, verdict.reason, verdict.winner)
             self._reload()
+        self._judged[one.id] = state
+
+    def _findings(self, db: sqlite3.Connection, one: Experiment) -> Findings:
+        found = self._found[one.id] = findings(db, one, self._found.get(one.id))
+        return found
 
     def _watch(self, every: float | None) -> None:
         while not self._ending.wait(every):
             try:
                 self.check()
-            except ModicumError as error:
+            except StoreError as error:
                 log.warning("experiments cannot be looked at: %s", error)
+            except Exception:
+                log.exception("experiments cannot be looked at")
 
     def _seen(self, name: str) -> Experiment:
         self._reload()
@@ -257,4 +264,6 @@ class Experiments:
             if seen.arm == one.design.control.label and seen.outcome != "error":
                 self._pace.add(one.id, seen.seconds)
 
-        self._ledger.submit(change, urgent=False)
+        # an answer does not fail because nobody can write down any more that it was given
+        with contextlib.suppress(StoreError):
+            self._ledger.submit(change, urgent=False)

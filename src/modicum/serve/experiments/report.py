@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from modicum.serve.experiments import guardrails, sequential
+from modicum.serve.experiments.sequential import block_sizes
 from modicum.serve.experiments.tables import Totals, outcomes, totals
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from modicum.serve.experiments.design import Arm
     from modicum.serve.experiments.tables import Experiment
 
+Outcome = Literal["better", "worse", "undecided"]
 #: the newest answers of an arm from which its percentiles are taken
 _NEWEST = 10_000
 
@@ -57,7 +59,7 @@ class ArmReport:
     difference: Interval | None
     #: the least alpha at which the difference would be certain now
     p: float | None
-    verdict: Literal["better", "worse", "undecided"] | None
+    verdict: Outcome | None
     seconds: Spread
     first_token: Spread
     prompt_tokens: int
@@ -101,9 +103,45 @@ class Verdict:
     winner: str | None = None
 
 
-def judge(db: sqlite3.Connection, experiment: Experiment) -> Verdict | None:
+@dataclass(frozen=True)
+class Findings:
+    """What the outcomes that are fixed say, by label; `place` is the last of them."""
+
+    place: int
+    outcome: dict[str, Measure]
+    #: of all arms but the control, less the control's
+    difference: dict[str, Measure]
+    p: dict[str, float]
+
+    @property
+    def users(self) -> int:
+        """Users whose outcome is fixed."""
+        return sum(one.n for one in self.outcome.values())
+
+
+def findings(db: sqlite3.Connection, experiment: Experiment, known: Findings | None = None) -> Findings:
+    """What the outcomes say now; `known` again, if there are no others since."""
+    query = "SELECT coalesce(max(place), 0) FROM users WHERE experiment = ? AND place IS NOT NULL"
+    (place,) = db.execute(query, (experiment.id,)).fetchone()
+    if known is not None and known.place == place:
+        return known
+    design, found = experiment.design, outcomes(db, experiment.id)
+    control = found.get(design.control.label, [])
+    difference, p = {}, {}
+    for arm in () if design.shadow else design.arms[1:]:
+        # of the weights that were planned: how outcomes are paired must not depend on them
+        sizes, values = block_sizes(design.control.weight, arm.weight), found.get(arm.label, [])
+        # as many comparisons with the control as there are other arms share the chance of an error
+        others = len(design.arms) - 1
+        difference[arm.label] = sequential.difference(control, values, sizes, design.alpha / others)
+        p[arm.label] = min(1.0, others * sequential.p_value(control, values, sizes))
+    outcome = {arm.label: sequential.mean(found.get(arm.label, []), design.alpha) for arm in design.arms}
+    return Findings(place, outcome, difference, p)
+
+
+def judge(db: sqlite3.Connection, experiment: Experiment, found: Findings) -> Verdict | None:
     """Why the experiment ends now, if it does."""
-    return _alarm(db, experiment) or _decision(db, experiment)
+    return _alarm(db, experiment) or _decision(experiment, found)
 
 
 def _alarm(db: sqlite3.Connection, experiment: Experiment) -> Verdict | None:
@@ -120,31 +158,26 @@ def _alarm(db: sqlite3.Connection, experiment: Experiment) -> Verdict | None:
     return None
 
 
-def _decision(db: sqlite3.Connection, experiment: Experiment) -> Verdict | None:
-    design = experiment.design
-    if design.shadow:
-        return None
-    found = outcomes(db, experiment.id)
-    differences = {arm.label: _difference(experiment, arm, found) for arm in design.arms[1:]}
-    better = [label for label, one in differences.items() if one.low is not None and one.low > 0]
+def _decision(experiment: Experiment, found: Findings) -> Verdict | None:
+    control, verdicts = experiment.design.control.label, {}
+    for label, one in found.difference.items():
+        verdicts[label] = _verdict(one)
+    better = [label for label, verdict in verdicts.items() if verdict == "better"]
     if better:
-        winner = max(better, key=lambda label: differences[label].value)
-        return Verdict(f"{winner} is better than {design.control.label}", winner)
-    if all(one.high is not None and one.high < 0 for one in differences.values()):
-        return Verdict(f"no arm is as good as {design.control.label}", design.control.label)
-    if sum(map(len, found.values())) >= design.max_users:
-        return Verdict(f"undecided after {design.max_users} users")
+        winner = max(better, key=lambda label: found.difference[label].value)
+        return Verdict(f"{winner} is better than {control}", winner)
+    if verdicts and all(verdict == "worse" for verdict in verdicts.values()):
+        return Verdict(f"no arm is as good as {control}", control)
+    if found.users >= experiment.design.max_users:
+        return Verdict(f"undecided after {experiment.design.max_users} users")
     return None
 
 
-def report(db: sqlite3.Connection, experiment: Experiment, lost: int = 0) -> Report:
+def report(db: sqlite3.Connection, experiment: Experiment, found: Findings, lost: int = 0) -> Report:
     """What is known of the experiment now."""
-    design, found, counted = experiment.design, outcomes(db, experiment.id), totals(db, experiment.id)
-    users = dict(
-        db.execute(
-            "SELECT arm, count(*) FROM users WHERE experiment = ? GROUP BY arm", (experiment.id,)
-        ).fetchall()
-    )
+    design, counted = experiment.design, totals(db, experiment.id)
+    query = "SELECT arm, count(*) FROM users WHERE experiment = ? GROUP BY arm"
+    users = dict(db.execute(query, (experiment.id,)).fetchall())
     waiting = "SELECT count(*) FROM users WHERE experiment = ? AND place IS NULL AND rated IS NOT NULL"
     arms = tuple(
         _arm(db, experiment, arm, found, counted.get(arm.label, Totals()), users.get(arm.label, 0))
@@ -155,40 +188,28 @@ def report(db: sqlite3.Connection, experiment: Experiment, lost: int = 0) -> Rep
         name=experiment.name, state=experiment.state, feedback=design.feedback, shadow=design.shadow,
         alpha=design.alpha, window=design.window, max_users=design.max_users, created=experiment.created,
         started=experiment.started, ended=experiment.ended, reason=experiment.reason, winner=experiment.winner,
-        rated_users=sum(map(len, found.values())),
-        waiting_users=db.execute(waiting, (experiment.id,)).fetchone()[0],
+        rated_users=found.users, waiting_users=db.execute(waiting, (experiment.id,)).fetchone()[0],
         sample_ratio_p=_sample_ratio(design.arms, users) if same else None, lost=lost, arms=arms,
     )  # fmt: skip
 
 
 def _arm(
-    db: sqlite3.Connection,
-    experiment: Experiment,
-    arm: Arm,
-    found: dict[str, list[float]],
-    seen: Totals,
-    users: int,
+    db: sqlite3.Connection, experiment: Experiment, arm: Arm, found: Findings, seen: Totals, users: int
 ) -> ArmReport:
-    design, control = experiment.design, arm.label == experiment.design.control.label
-    values, verdict, p = found.get(arm.label, []), None, None
-    difference = None if control or design.shadow else _difference(experiment, arm, found)
-    if difference is not None:
-        assert difference.low is not None
-        assert difference.high is not None
-        verdict = "better" if difference.low > 0 else "worse" if difference.high < 0 else "undecided"
-        p = sequential.p_value(found.get(design.control.label, []), values, _sizes(experiment, arm))
-        p = min(1.0, p * (len(design.arms) - 1))
+    difference = found.difference.get(arm.label)
     query = (
         "SELECT seconds, first FROM exposures WHERE experiment = ? AND arm = ? AND outcome = 'ok' "
         "ORDER BY id DESC LIMIT ?"
     )
     times = db.execute(query, (experiment.id, arm.label, _NEWEST)).fetchall()
-    failing = sequential.weighted_mean([0.0, 1.0], [seen.requests - seen.errors, seen.errors], design.alpha)
+    counts = [seen.requests - seen.errors, seen.errors]
     return ArmReport(
-        label=arm.label, version=arm.version, weight=arm.weight, control=control, users=users, requests=seen.requests,
-        errors=seen.errors, cancelled=seen.cancelled, error_rate=_interval(failing),
-        outcome=_interval(sequential.mean(values, design.alpha)),
-        difference=None if difference is None else _interval(difference), p=p, verdict=verdict,
+        label=arm.label, version=arm.version, weight=arm.weight, control=arm.label == experiment.design.control.label,
+        users=users, requests=seen.requests, errors=seen.errors, cancelled=seen.cancelled,
+        error_rate=_interval(sequential.weighted_mean([0.0, 1.0], counts, experiment.design.alpha)),
+        outcome=_interval(found.outcome[arm.label]),
+        difference=None if difference is None else _interval(difference), p=found.p.get(arm.label),
+        verdict=None if difference is None else _verdict(difference),
         seconds=_spread([seconds for seconds, _ in times]),
         first_token=_spread([first for _, first in times if first is not None]),
         prompt_tokens=seen.prompt, generated_tokens=seen.generated,
@@ -196,17 +217,10 @@ def _arm(
     )  # fmt: skip
 
 
-def _difference(experiment: Experiment, arm: Arm, found: dict[str, list[float]]) -> Measure:
-    # as many comparisons with the control as there are other arms share the chance of an error
-    design = experiment.design
-    alpha = design.alpha / (len(design.arms) - 1)
-    control = found.get(design.control.label, [])
-    return sequential.difference(control, found.get(arm.label, []), _sizes(experiment, arm), alpha)
-
-
-def _sizes(experiment: Experiment, arm: Arm) -> tuple[int, int]:
-    # of the weights that were planned: how outcomes are paired must not depend on them
-    return sequential.block_sizes(experiment.design.control.weight, experiment.design.arm(arm.label).weight)
+def _verdict(difference: Measure) -> Outcome:
+    assert difference.low is not None
+    assert difference.high is not None
+    return "better" if difference.low > 0 else "worse" if difference.high < 0 else "undecided"
 
 
 def _met(db: sqlite3.Connection, experiment: Experiment, arm: Arm, what: str) -> bool:

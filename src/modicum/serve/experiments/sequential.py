@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 FRACTIONS = np.geomspace(0.002, 0.98, 24)
 _METHOD = "betting"
 #: the interval's ends are found up to 2^-this
-_HALVINGS = 40
+_HALVINGS = 30
 
 
 def mean(values: ArrayLike, alpha: float) -> Measure:
