@@ -1,7 +1,9 @@
 """Kinds of adapters: what a row of the pool holds for each, and how a record becomes one.
 
-    cores     LoRA-XS: per layer the scaled core, transposed, (r, r rounded up to whole lanes); U and A are shared
+    cores     LoRA-XS: per layer the scaled core, transposed (r, r); U and A are shared
     factors   anything of low rank: per layer A (r, in), then scaling · Bᵀ (r, out)
+
+Matrices are packed as the kernel of `native` reads them, see `Packing`.
 
 Records of one family differ in their numbers alone, so whatever could be wrong with them was checked once.
 """
@@ -11,10 +13,11 @@ from __future__ import annotations
 import abc
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from modicum.errors import CorruptAdapterError, listing
 
@@ -26,13 +29,62 @@ if TYPE_CHECKING:
     from modicum.adapters.contract import Adapter
     from modicum.store.record import Record
 
-#: columns of a core are whole registers, rows of a factor whole blocks of the kernel
-LANES, ROWS = 16, 4
+#: directions are padded to whole registers of the kernel
+LANES = 16
 
 
-def padded(rank: int, unit: int) -> int:
-    """`rank` rounded up to a multiple of `unit`."""
-    return -(-rank // unit) * unit
+class Packing(NamedTuple):
+    """How matrices lie in memory: `group` neighbours along the summed dimension side by side, zeros at the ends.
+
+    Of rows (k, n), `inner`, which x (n) is multiplied with, is (n / group, k up to whole lanes, group), and `outer`, which
+    z (k) is multiplied with, (k / group, n, group). With a group of 1 they are the transposed rows, and the rows.
+    """
+
+    group: int = 1
+
+    def inner_size(self, k: int, n: int) -> int:
+        """Numbers of `inner`."""
+        return padded(n, self.group) * padded(k, LANES)
+
+    def outer_size(self, k: int, n: int) -> int:
+        """Numbers of `outer`."""
+        return padded(k, self.group) * n
+
+    def inner(self, rows: Tensor) -> Tensor:
+        """The rows (k, n) packed, flat."""
+        k, n = rows.shape
+        wide = F.pad(rows, (0, -n % self.group, 0, -k % LANES))
+        return wide.view(len(wide), -1, self.group).transpose(0, 1).reshape(-1)
+
+    def outer(self, rows: Tensor) -> Tensor:
+        """The rows (k, n) packed, flat."""
+        k, n = rows.shape
+        wide = F.pad(rows, (0, 0, 0, -k % self.group))
+        return wide.view(-1, self.group, n).transpose(1, 2).reshape(-1)
+
+    def inner_of(self, packed: Tensor, k: int, n: int) -> Tensor:
+        """X's factor (…, n, k) of packed rows (…, size); a view for groups of 1."""
+        wide = packed.unflatten(-1, (-1, packed.shape[-1] // padded(n, self.group), self.group))
+        return wide.transpose(-1, -2).flatten(-3, -2)[..., :n, :k]
+
+    def outer_of(self, packed: Tensor, k: int, n: int) -> Tensor:
+        """Z's factor (…, k, n) of packed rows (…, size); a view for groups of 1."""
+        wide = packed.unflatten(-1, (-1, n, self.group))
+        return wide.transpose(-1, -2).flatten(-3, -2)[..., :k, :]
+
+
+def padded(count: int, unit: int) -> int:
+    """`count` rounded up to a multiple of `unit`."""
+    return -(-count // unit) * unit
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One layer of the base model."""
+
+    name: str
+    out: int
+    inputs: int
 
 
 class Place(NamedTuple):
@@ -102,27 +154,28 @@ class Cores(Family):
         adapters: Mapping[int, Adapter],
         directions: Mapping[int, int],
         record: Record,
-        names: Sequence[str],
+        shapes: Sequence[Shape],
+        packing: Packing,
     ) -> None:
-        """`adapters` and `directions` by layer, `names` of all layers of the model."""
+        """`adapters` and `directions` by layer, `shapes` of all layers of the model."""
         offsets = dict(zip(record.layout.names, record.layout.offsets[:-1].tolist(), strict=True))
         places, taken, scales, width = {}, [], [], 0
         for layer, adapter in adapters.items():
-            rank, start = adapter.active_rank, offsets[f"{names[layer]}.R"]
-            source = np.full((rank, padded(rank, LANES)), -1, np.int64)
-            steps = np.arange(rank)
+            rank, start = adapter.active_rank, offsets[f"{shapes[layer].name}.R"]
+            # where the number in each place comes from, plus one; 0 is nowhere
+            source, steps = torch.zeros(rank, padded(rank, LANES), dtype=torch.int64), torch.arange(rank)
             if getattr(adapter, "diagonal", False):
-                source[steps, steps] = start + steps
+                source[steps, steps] = start + steps + 1
             else:
                 # transposed: a row of the place is a column of R
-                source[:, :rank] = start + steps[:, None] + adapter.rank * steps[None, :]
+                source[:, :rank] = start + steps[:, None] + adapter.rank * steps[None, :] + 1
             places[layer] = Place(rank, width, directions[layer])
-            taken.append(source.ravel())
-            scales.append(np.where(source.ravel() < 0, 0.0, adapter.scaling).astype(np.float32))
-            width += source.size
-        super().__init__(method, places, len(names), width)
-        self._source = np.concatenate(taken).clip(min=0).astype(np.int32)
-        self._scale = np.concatenate(scales)
+            packed = packing.outer(source).numpy()
+            taken.append(packed.clip(min=1).astype(np.int32) - 1)
+            scales.append(np.where(packed > 0, adapter.scaling, 0.0).astype(np.float32))
+            width += packed.size
+        super().__init__(method, places, len(shapes), width)
+        self._source, self._scale = np.concatenate(taken), np.concatenate(scales)
 
     @property
     def bytes(self) -> int:
@@ -134,42 +187,34 @@ class Cores(Family):
         return torch.from_numpy(np.take(record.floats(), self._source) * self._scale)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """One layer of the base model."""
-
-    name: str
-    out: int
-    inputs: int
-
-
 class Factors(Family):
     """Adapters of low rank with factors of their own; abstract."""
 
     shared = False
 
-    def __init__(self, method: str, ranks: Mapping[int, int], shapes: Sequence[Shape]) -> None:
+    def __init__(
+        self, method: str, ranks: Mapping[int, int], shapes: Sequence[Shape], packing: Packing
+    ) -> None:
         places, width = {}, 0
         for layer, rank in ranks.items():
             places[layer] = Place(rank, width)
-            width += padded(rank, ROWS) * shapes[layer].inputs + rank * shapes[layer].out
+            width += packing.inner_size(rank, shapes[layer].inputs) + packing.outer_size(
+                rank, shapes[layer].out
+            )
         super().__init__(method, places, len(shapes), width)
-        self.shapes = shapes
+        self.shapes, self.packing = shapes, packing
 
     @abc.abstractmethod
     def factors(self, record: Record) -> Iterator[tuple[int, Tensor, Tensor, float]]:
-        """(layer, B (out, r), A (r, in), scaling) of every layer."""
+        """(layer, B (out, r), A (r, in), scaling) of every layer, in the order of the places."""
 
     @torch.no_grad()
     def numbers(self, record: Record) -> Tensor:
         """A and scaling · Bᵀ of every layer."""
-        row = torch.zeros(self.width)
-        for layer, b, a, scaling in self.factors(record):
-            place, shape = self.places[layer], self.shapes[layer]
-            middle = place.offset + padded(place.rank, ROWS) * shape.inputs
-            row[place.offset :][: place.rank * shape.inputs].view(place.rank, -1).copy_(a)
-            torch.mul(b.T, scaling, out=row[middle:][: place.rank * shape.out].view(place.rank, -1))
-        return row
+        packed = []
+        for _, b, a, scaling in self.factors(record):
+            packed += [self.packing.inner(a), self.packing.outer(b.T * scaling)]
+        return torch.cat(packed)
 
 
 @final
@@ -177,9 +222,9 @@ class PeftLora(Factors):
     """PEFT's own LoRA."""
 
     def __init__(
-        self, method: str, ranks: Mapping[int, int], scalings: Mapping[int, float], shapes: Sequence[Shape]
+        self, method: str, ranks: Mapping[int, int], scalings: Mapping[int, float], *about: Any
     ) -> None:
-        super().__init__(method, ranks, shapes)
+        super().__init__(method, ranks, *about)
         self._scalings = dict(scalings)
 
     def factors(self, record: Record) -> Iterator[tuple[int, Tensor, Tensor, float]]:
@@ -195,9 +240,9 @@ class OurFactors(Factors):
     """Any method of ours whose update has `lora_factors`, through one set of its own adapters."""
 
     def __init__(
-        self, method: str, adapters: Mapping[int, Adapter], ranks: Mapping[int, int], shapes: Sequence[Shape]
+        self, method: str, ranks: Mapping[int, int], adapters: Mapping[int, Adapter], *about: Any
     ) -> None:
-        super().__init__(method, ranks, shapes)
+        super().__init__(method, ranks, *about)
         self._adapters = dict(adapters)
         # one set for all threads
         self._lock = threading.Lock()

@@ -18,39 +18,44 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modicum.serve.engine import native
-from modicum.serve.engine.families import LANES, ROWS, padded
+from modicum.serve.engine.families import LANES, padded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from modicum.adapters.site import LayerBasis, Site
-    from modicum.serve.engine.families import Family, Shape
+    from modicum.serve.engine.families import Family, Packing, Shape
     from modicum.serve.engine.shelves import Row
 
 
 class Direction(NamedTuple):
-    """The frozen directions of one layer that all cores of a basis share; rows are padded with zeros."""
+    """The frozen directions of one layer that all cores of a basis share, packed."""
 
-    #: (k, in); None where A x is read off the output
-    a: Tensor | None
-    #: (k, out)
-    ut: Tensor
-    #: (k,) float32, Uᵀ b: what the bias adds to Uᵀ y
+    #: what A x is read with: A (k, in), or Uᵀ (k, out) where it is read off the output
+    inner: Tensor
+    #: Uᵀ (k, out)
+    outer: Tensor
+    #: float32, Uᵀ b, which the bias adds to Uᵀ y
     shift: Tensor | None
+    #: k, rounded up to whole lanes
+    lanes: int
+    from_output: bool
 
     @property
     def bytes(self) -> int:
         """What they take."""
-        return sum(t.numel() * t.element_size() for t in self if t is not None)
+        parts = (self.inner, self.outer, self.shift)
+        return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
 
 @final
 class Directions:
     """The shared directions of all layers, each made once for a basis and kept."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype, packing: Packing) -> None:
+        self.packing = packing
         self.all: list[Direction] = []
+        self._dtype = dtype
         self._known: dict[tuple[int, str, int], int] = {}
 
     @property
@@ -63,19 +68,15 @@ class Directions:
         # a basis grows in place when a larger rank comes; what was taken from it stays as it is
         known = layer, key, basis.rank
         if known not in self._known:
-            ut = self._whole(basis.ut)
-            if basis.a is not None:
-                found = Direction(self._whole(basis.a), ut, None)
-            else:
-                bias = site.bias
-                found = Direction(None, ut, None if bias is None else ut.float() @ bias.detach().float())
-            self.all.append(found)
+            ut, bias, shift = basis.ut.detach(), site.bias, None
+            read = ut if basis.a is None else basis.a.detach()
+            if basis.a is None and bias is not None:
+                shift = F.pad(ut.float() @ bias.detach().float(), (0, -len(ut) % LANES))
+            inner, outer = self.packing.inner(read.to(self._dtype)), self.packing.outer(ut.to(self._dtype))
+            lanes = padded(len(ut), LANES)
+            self.all.append(Direction(inner, outer, shift, lanes, from_output=basis.a is None))
             self._known[known] = len(self.all) - 1
         return self._known[known]
-
-    def _whole(self, rows: Tensor) -> Tensor:
-        missing = padded(len(rows), LANES) - len(rows)
-        return F.pad(rows.detach().to(self.dtype), (0, 0, 0, missing)).contiguous()
 
 
 class Part(NamedTuple):
@@ -135,7 +136,7 @@ class Batch:
     """What the layers share during a step: which adapter every token has."""
 
     def __init__(
-        self, directions: Directions, shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device
+        self, directions: Directions, shapes: Sequence[Shape], dtype: torch.dtype, *, use_native: bool
     ) -> None:
         self._directions, self._shapes, self._dtype = directions, shapes, dtype
         self._sizes = np.array([[shape.out, shape.inputs] for shape in shapes], np.int64)
@@ -145,8 +146,7 @@ class Batch:
         self._parts: list[Part] = []
         self._groups: list[_Group] | None = None
         self._in_order = False
-        usable = device.type == "cpu" and dtype in native.KINDS
-        self._adapt = native.adapter_function() if usable else None
+        self._adapt = native.adapter_function() if use_native else None
         self._step: native.Step | None = None
         self._address = 0
 
@@ -211,22 +211,24 @@ class Batch:
 
     def _from_cores(self, group: _Group, layer: int, x: Tensor, y: Tensor) -> Tensor:
         rank, offset, number = group.family.places[layer]
-        a, ut, shift = self._directions.all[number]
-        if a is not None:
-            z = F.linear(x.to(ut.dtype), a[:rank])
-        else:
-            z = F.linear(y.to(ut.dtype), ut[:rank])
-            z = z if shift is None else z - shift[:rank].to(z.dtype)
+        shared, packing, out = self._directions.all[number], self._directions.packing, y.shape[1]
+        read = (y if shared.from_output else x).to(shared.inner.dtype)
+        z = read @ packing.inner_of(shared.inner, rank, read.shape[1])
+        z = z if shared.shift is None else z - shared.shift[:rank].to(z.dtype)
         lanes = padded(rank, LANES)
-        cores = group.taken(offset, rank * lanes).view(-1, rank, lanes)[..., :rank]
-        return (group.times(z, cores) @ ut[:rank]).to(y.dtype)
+        cores = packing.outer_of(group.taken(offset, packing.outer_size(rank, lanes)), rank, lanes)
+        return (group.times(z, cores[..., :rank]) @ packing.outer_of(shared.outer, rank, out)).to(y.dtype)
 
     def _from_factors(self, group: _Group, layer: int, x: Tensor, y: Tensor) -> Tensor:
-        (rank, offset, _), shape = group.family.places[layer], self._shapes[layer]
-        middle = offset + padded(rank, ROWS) * shape.inputs
-        a = group.taken(offset, rank * shape.inputs).view(-1, rank, shape.inputs)
-        b = group.taken(middle, rank * shape.out).view(-1, rank, shape.out)
-        return group.times(group.times(x.to(a.dtype), a.transpose(1, 2)), b).to(y.dtype)
+        (rank, offset, _), shape, packing = (
+            group.family.places[layer],
+            self._shapes[layer],
+            self._directions.packing,
+        )
+        size = packing.inner_size(rank, shape.inputs)
+        a = packing.inner_of(group.taken(offset, size), rank, shape.inputs)
+        b = packing.outer_of(group.taken(offset + size, packing.outer_size(rank, shape.out)), rank, shape.out)
+        return group.times(group.times(x.to(a.dtype), a), b).to(y.dtype)
 
 
 @final

@@ -77,7 +77,7 @@ class Loader:
         self._linear = _all_linear(model)
         head = getattr(model, "get_output_embeddings", lambda: None)()
         self._head = next((name for name, module in self._modules.items() if module is head), None)
-        self._directions, self._max_rank = directions, max_rank
+        self._directions, self._packing, self._max_rank = directions, directions.packing, max_rank
         self._families: OrderedDict[tuple, Family] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -145,14 +145,14 @@ class Loader:
         if _common(config):
             self._check_ranks(ranks)
             directions = {layer: self._shared(layer, cast("LoraXS", one)) for layer, one in adapters.items()}
-            family = Cores(record.method, adapters, directions, record, self.names)
+            family = Cores(record.method, adapters, directions, record, self.shapes, self._packing)
             for site in sites.values():
                 # what is used of them has been taken over
                 site.bases.clear()
             return family
         ranks = {layer: self._factor_rank(config, adapter) for layer, adapter in adapters.items()}
         self._check_ranks(ranks)
-        return OurFactors(record.method, adapters, ranks, self.shapes)
+        return OurFactors(record.method, ranks, adapters, self.shapes, self._packing)
 
     def _of_peft(self, record: Record, config: LoraConfig) -> Family:
         odd = [name for name in record.config if name not in _IDLE | _LORA_OPTIONS]
@@ -180,7 +180,7 @@ class Loader:
         self._check_ranks(ranks)
         power = 0.5 if config.use_rslora else 1.0
         scalings = {layer: options[1](view, name) / ranks[layer] ** power for layer, name in layers.items()}
-        return PeftLora(record.method, ranks, scalings, self.shapes)
+        return PeftLora(record.method, ranks, scalings, self.shapes, self._packing)
 
     def _targets(self, config: Any) -> dict[str, Site]:
         """The layers that a configuration adapts."""

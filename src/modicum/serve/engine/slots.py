@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, cast, final
 
 import torch
 
+from modicum.serve.engine import native
+from modicum.serve.engine.families import Packing
 from modicum.serve.engine.interface import (
     AdapterUnavailableError,
     Observer,
@@ -94,10 +96,13 @@ class Slots:
         """
         first = next(p for p in model.parameters() if p.is_floating_point())
         self._model, self._read, self._observer = model, read, observer or Observer()
-        self._directions = Directions(first.dtype)
+        use_native = native.takes(first.dtype, first.device)
+        # the kernel multiplies two neighbours of 16 bits at once
+        packing = Packing(4 // first.element_size() if use_native else 1)
+        self._directions = Directions(first.dtype, packing)
         self._loader = Loader(model, self._directions, max_rank)
         self._shelves = Shelves(slots, first.dtype, first.device)
-        self._batch = Batch(self._directions, self._loader.shapes, first.dtype, first.device)
+        self._batch = Batch(self._directions, self._loader.shapes, first.dtype, use_native=use_native)
         self._served: dict[str, ServedLinear] = {}
         self._lock = threading.Lock()
         self._prefetching: ThreadPoolExecutor | None = None

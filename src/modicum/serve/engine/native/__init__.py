@@ -50,23 +50,31 @@ class Step:
         shapes: np.ndarray,
         kind: int,
     ) -> None:
-        """`rows` and `data` (tokens) say where each token is, and its adapter's address; `shapes` (layers, 2); int64."""
-        addresses = [[_address(d.a), d.ut.data_ptr(), _address(d.shift)] for d in directions]
-        known = np.array(addresses, np.int64).reshape(-1, 3)
+        """`rows` and `data` say where each token is, and the address of its adapter; `shapes` (layers, 2); int64."""
+        listed = [
+            [d.inner.data_ptr(), d.outer.data_ptr(), _address(d.shift), d.lanes, d.from_output]
+            for d in directions
+        ]
+        known = np.array(listed, np.int64).reshape(-1, 5)
         tables = [run.family.table for run in runs]
-        listed = np.array(
+        families = np.array(
             [
                 [*(part.ctypes.data for part in table), run.family.shared, run.start, run.tokens]
                 for table, run in zip(tables, runs, strict=True)
             ],
             np.int64,
         )
-        pointers = [part.ctypes.data for part in (listed, rows, data, known, shapes)]
+        pointers = [part.ctypes.data for part in (families, rows, data, known, shapes)]
         numbers = [len(shapes), len(runs), len(rows), kind, torch.get_num_threads()]
         self._words = np.array([*pointers, *numbers], np.int64)
         # what the pointers point to
-        self._kept = tables, listed, rows, data, known, shapes, list(directions)
+        self._kept = tables, families, rows, data, known, shapes, list(directions)
         self.address = self._words.ctypes.data
+
+
+def takes(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the library computes with such numbers, where they are."""
+    return device.type == "cpu" and dtype in KINDS and available()
 
 
 def available() -> bool:
