@@ -48,59 +48,44 @@ class Sampler(ContinuousBatchingLogitsProcessor):
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:  # noqa: ARG002 - as the base class has it
         """`scores` (rows, vocabulary) with each row's token the largest; rows behind ours are padding."""
-        rows = [self._table.live(name) for name in self._names]
-        if any(rows):
-            self._choose(scores[: len(rows)], rows)
+        live = {i: row for i, name in enumerate(self._names) if (row := self._table.live(name)) is not None}
+        if live:
+            self._choose(scores[: len(self._names)], live)
         return scores
 
-    def _choose(self, scores: Tensor, rows: list[Running | None]) -> None:
+    def _choose(self, scores: Tensor, rows: dict[int, Running]) -> None:
         best, indices = scores.max(-1)
-        tokens: dict[int, int] = dict(enumerate(indices.tolist()))
+        #: tokens, or why there is none
+        chosen: list[int | str] = indices.tolist()
         # a row's largest is NaN if any is; −∞ only rules tokens out
-        sound = best.isfinite().tolist()
-        wrong: dict[int, str] = {}
-        drawn, told = [], []
-        for i, row in enumerate(rows):
-            if row is None:
-                continue
-            if not sound[i]:
-                wrong[i] = "its numbers were not finite"
-            elif row.generator is not None:
-                drawn.append(i)
-            told.append(i)
-        for i, found in zip(drawn, _draw_safely(scores, drawn, rows), strict=True):
-            if isinstance(found, int):
-                tokens[i] = found
-            else:
-                wrong[i] = found
-        self._tell(scores, rows, told, tokens, wrong)
+        for i, finite in enumerate(best.isfinite().tolist()):
+            if not finite:
+                chosen[i] = "its numbers were not finite"
+        drawn = [i for i, row in rows.items() if row.generator is not None and isinstance(chosen[i], int)]
+        if drawn:
+            for i, found in zip(drawn, _drawn(scores[drawn], [rows[i] for i in drawn]), strict=True):
+                chosen[i] = found
+        self._tell(scores, rows, chosen)
         for i in drawn:
-            scores[i, tokens[i]] = torch.inf
+            if isinstance(token := chosen[i], int):
+                scores[i, token] = torch.inf
 
-    def _tell(
-        self,
-        scores: Tensor,
-        rows: list[Running | None],
-        told: list[int],
-        tokens: dict[int, int],
-        wrong: dict[int, str],
-    ) -> None:
-        known = _probabilities(scores, {i: rows[i] for i in told if i not in wrong}, tokens)
+    def _tell(self, scores: Tensor, rows: dict[int, Running], chosen: list[int | str]) -> None:
+        tokens = {i: token for i in rows if isinstance(token := chosen[i], int)}
+        known = _probabilities(scores, rows, tokens)
         news: list[tuple[Running, Step | GenerationError]] = []
-        for i in told:
-            row = rows[i]
-            if row is None:
-                continue
-            if i in wrong:
+        for i, row in rows.items():
+            if i not in tokens:
                 if self._table.end(row):
-                    news.append((row, failure(row, wrong[i])))
+                    news.append((row, failure(row, str(chosen[i]))))
                 continue
             row.told += 1
             finish = self._finish(row, tokens[i])
-            logprob, top = known.get(i, (None, ()))
+            step = Step(tokens[i], *known.get(i, (None, ())), finish, row.cached if row.told == 1 else 0)
+            # one that has finished is forgotten when its pages are
             if finish is None or self._table.end(row, forget=False):
-                news.append((row, Step(tokens[i], logprob, top, finish, row.cached if row.told == 1 else 0)))
-        self._counts.generated_tokens += len(news) - len(wrong)
+                news.append((row, step))
+        self._counts.generated_tokens += len(tokens)
         tell(news)
 
     def _finish(self, row: Running, token: int) -> Reason | None:
@@ -139,19 +124,8 @@ def draw(scores: Tensor, temperatures: Tensor, top_p: Tensor, uniform: Tensor) -
     return torch.searchsorted(sums, wanted[:, None], right=True)[:, 0]
 
 
-def _draw_safely(scores: Tensor, places: list[int], rows: list[Running | None]) -> list[int | str]:
+def _drawn(scores: Tensor, rows: list[Running]) -> list[int | str]:
     """Tokens, or why there is none: what goes wrong with one request must not reach the others."""
-    if not places:
-        return []
-    try:
-        return [*_draw(scores[places], [row for i in places if (row := rows[i]) is not None])]
-    except Exception as error:  # noqa: BLE001 - whatever it is
-        if len(places) == 1:
-            return [f"{type(error).__name__}: {error}"]
-        return [_draw_safely(scores, [i], rows)[0] for i in places]
-
-
-def _draw(scores: Tensor, rows: list[Running]) -> list[int]:
     columns = [
         (
             row.request.sampling.temperature,
@@ -161,23 +135,30 @@ def _draw(scores: Tensor, rows: list[Running]) -> list[int]:
         for row in rows
     ]
     temperatures, top_p, uniform = torch.tensor(columns, dtype=torch.float64, device=scores.device).unbind(-1)
-    return draw(scores, temperatures.float(), top_p.float(), uniform).tolist()
+    given = scores, temperatures.float(), top_p.float(), uniform
+    try:
+        return draw(*given).tolist()
+    except Exception:  # noqa: BLE001 - whatever it is, it belongs to one of them
+        return [_drawn_alone(*(part[i : i + 1] for part in given)) for i in range(len(rows))]
+
+
+def _drawn_alone(*given: Tensor) -> int | str:
+    try:
+        return int(draw(*given))
+    except Exception as error:  # noqa: BLE001 - told to the one that it belongs to
+        return f"{type(error).__name__}: {error}"
 
 
 def _probabilities(
-    scores: Tensor, rows: dict[int, Running | None], tokens: dict[int, int]
+    scores: Tensor, rows: dict[int, Running], tokens: dict[int, int]
 ) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
-    """Of the rows that ask for them: the chosen token's log-probability, and the likeliest tokens with theirs."""
-    counts = {
-        i: row.request.sampling.logprobs
-        for i, row in rows.items()
-        if row is not None and row.request.sampling.logprobs is not None
-    }
+    """Of the rows that ask for them: the token's log-probability, and the likeliest tokens with theirs."""
+    counts = {i: wanted for i in tokens if (wanted := rows[i].request.sampling.logprobs) is not None}
     if not counts:
         return {}
     places = list(counts)
     logs = scores[places].log_softmax(-1)
     chosen = logs.gather(-1, torch.tensor([[tokens[i]] for i in places], device=logs.device))[:, 0].tolist()
-    values, indices = logs.topk(max(count or 0 for count in counts.values()), -1)
+    values, indices = logs.topk(max(counts.values()), -1)
     likely = [list(zip(*pair, strict=True)) for pair in zip(indices.tolist(), values.tolist(), strict=True)]
     return {i: (one, tuple(found[: counts[i]])) for i, one, found in zip(places, chosen, likely, strict=True)}
