@@ -108,6 +108,28 @@ def test_numbers_that_are_not_finite_are_refused(dtype, monkeypatch):
         stacked(*sound, poisoned)
 
 
+def test_full_modules_are_checked_too(monkeypatch):
+    head = Section("head", "float32", (2,), np.array([1, np.nan], "<f4"))
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "_check_numbers", lambda _: None)
+        poisoned = encode(dataclasses.replace(record(1), sections=(head,)))
+    with pytest.raises(CorruptAdapterError, match="NaN or infinite values in 'head'"):
+        stacked(encode(KINDS["heads"](0)), poisoned)
+
+
+def test_those_that_look_alike_are_told_apart():
+    plain = record_of("bfloat16", 0)
+    names = [name.replace("q_proj", "k_proj") for name in plain.layout.names]
+    renamed = records.build(
+        "lora_xs", dict(zip(names, (v for _, v in plain.tensors()), strict=True)), config={"r": 8}
+    )
+    other = [encode(one) for one in (plain, record_of("float16", 0), renamed)]
+    assert len({len(data) for data in other}) == 1
+    for data in other[1:]:
+        with pytest.raises(ConfigError, match="different are 1 "):
+            stacked(other[0], data)
+
+
 def test_those_of_another_kind_are_named():
     wanted = [record(0), record(1, r=4), record_of("float32", 2), record(3), record(4, r=4)]
     with pytest.raises(
@@ -127,6 +149,7 @@ def store(location):
 def test_references_of_every_kind_in_any_order(store):
     store.put_many([(f"u{n}", record(n)) for n in range(30)])
     store.put("u7", record(100), alias="canary")
+    store.alias("u7@1", "zeta")
     store.put("u7", record(101))
     store.promote("u8@1", "canary")
     wanted = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,10 @@ def test_an_object_is_read_at_once_and_onto_given_memory(segments):
     assert read != data
     with pytest.raises(TypeError):
         segment.read(start, len(data))[0] = 1
+    os.truncate(segments.path(1), start + framed(len(data)) - 8)
+    for memory in (room, None):
+        with pytest.raises(CorruptAdapterError, match="cut short"):
+            segment.read(start, len(data), memory)
 
 
 def calls():

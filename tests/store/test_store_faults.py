@@ -243,6 +243,9 @@ def test_places_that_were_swapped(filled, tmp_path):
             db.execute("UPDATE objects SET segment = ?, start = ? WHERE id = ?", (segment, start, other))
         with pytest.raises(CorruptAdapterError, match="another record"):
             store.get("u3")
+        for beside in (["u3", "u10"], ["u10", "u3"], ["u10", "u11", "u4"]):
+            with pytest.raises(CorruptAdapterError, match=r"u[34]@1: .*another record"):
+                store.get_many(beside)
         assert len(store.verify().faults) >= 2
 
 

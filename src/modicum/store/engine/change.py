@@ -245,6 +245,6 @@ class EmbeddedChange(View):
 
     def _same(self, number: int, data: bytes) -> bool:
         try:
-            return self.load([number])[0].data == data
+            return bytes(self.load([number])[0].data) == data
         except (CorruptAdapterError, MovedError):
             return False
