@@ -28,10 +28,10 @@ METHODS = {
 UNEVEN = (3, 9, 4, 14, 1)
 
 
-def spec(kind: str = "lora_xs", *, model: Any = None, task: str = "causal_lm", **sections: Any) -> FleetSpec:
+def spec(kind: str = "lora_xs", *, task: str = "causal_lm", **sections: Any) -> FleetSpec:
     """A fleet that learns fast; `sections` go over its sections."""
     values: dict[str, Any] = {
-        "model": {"name_or_path": str(model or small_checkpoints.llama()), "task": task},
+        "model": {"name_or_path": str(small_checkpoints.llama()), "task": task},
         "users": {"source": "users.jsonl", "held_out": 0.0},
         "data": {"max_length": 64},
         "method": METHODS[kind],

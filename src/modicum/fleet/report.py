@@ -61,7 +61,7 @@ def summary(spec: FleetSpec, base: FleetBase, ledger: Ledger, sized: Sizes) -> d
         "metric": spec.metric,
         "measured_on": part,
         "gains": gains(users, spec.metric),
-        "numbers_per_adapter": {rank: kind.record.layout.size for rank, kind in base.kinds.items()},
+        "numbers_per_adapter": {str(rank): kind.record.layout.size for rank, kind in base.kinds.items()},
         "timing": {
             "seconds": seconds,
             "adapters_per_hour": 3600 * trained / seconds if seconds else None,
