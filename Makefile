@@ -53,7 +53,7 @@ docs: $(VENV)/.dev ## build the site into site/
 bench: $(VENV)/.dev ## measure the micro benchmarks (ratios within one run)
 	@for file in benchmarks/micro/[!_]*.py; do echo "$$file"; $(BIN)/python "$$file"; done
 
-demo: $(VENV)/.runtime ## fine-tune, compare, merge and export on a small bundled model
+demo: $(VENV)/.runtime ## fine-tune, compare, merge, export and serve on a small bundled model
 	$(BIN)/modicum demo
 
 clean: ## remove everything that was built or installed here
@@ -68,7 +68,7 @@ $(BIN)/python:
 # torch first and by itself: it is by far the largest part, and a failure names it
 $(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) torch
-	$(PIP) -e .
+	$(PIP) -e '.[serve]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime

@@ -12,7 +12,7 @@ from tests.store.small_records import record
 from modicum.store import Store
 from modicum.store.record import encode, peek
 from modicum.train import demo
-from modicum.train.demo import METHODS, DemoResult, FormResult, MethodResult, demo_recipe
+from modicum.train.demo import METHODS, DemoResult, FormResult, MethodResult, ServedUser, demo_recipe
 from modicum.train.recipe import load_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -28,6 +28,8 @@ RESULT = DemoResult(
     same=True,
     seconds=100.0,
     threads=2,
+    served=(ServedUser("ada", "demo/lora_xs", "hi there", True), ServedUser("bob", "demo/lora", "ho", True)),
+    prompt="Say\nit.",
     example={"prompt": "Say hi.\nNote:", "wanted": "hi"},
 )
 
@@ -50,6 +52,8 @@ def test_the_tables(result, capsys):
         "1.0e-05",
         "All four",
         "prompt: Say hi. Note:",
+        "Two users ask one server: Say it.",
+        "hi there",
     ):
         assert words in shown.out
     assert run(capsys, "demo", "--json").json["methods"][0]["peak_bytes"] == 800 << 20
@@ -81,6 +85,21 @@ def test_answers_that_differ_are_an_error(result, capsys):
     shown = run(capsys, "demo")
     assert shown.code == 1
     assert "THE ANSWERS DIFFER" in shown.out
+
+
+def test_a_server_that_answers_otherwise_is_an_error(result, capsys):
+    wrong = dataclasses.replace(RESULT.served[0], as_offline=False)
+    result["result"] = dataclasses.replace(RESULT, served=(wrong, RESULT.served[1]))
+    shown = run(capsys, "demo")
+    assert shown.code == 1
+    assert "NO" in shown.out
+
+
+def test_without_the_extra_it_is_said(result, capsys):
+    result["result"] = dataclasses.replace(RESULT, served=())
+    shown = run(capsys, "demo")
+    assert shown.code == 0
+    assert "pip install 'modicum[serve]'" in shown.out
 
 
 def test_a_folder_in_use_is_left_alone(result, tmp_path, capsys):

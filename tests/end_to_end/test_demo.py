@@ -31,7 +31,13 @@ def test_demo(tmp_path):
         assert form.max_logit_difference < 1e-3
     assert result.forms[0].max_logit_difference == result.forms[1].max_logit_difference == 0.0
     assert set(result.example) == {"prompt", "wanted", "before", "after"}
-    assert len(told) == 2
+    assert len(told) == 3
+    ada, bob = result.served
+    assert (ada.model, bob.model) == ("demo/lora_xs", "base")
+    assert ada.as_offline
+    assert bob.as_offline
+    assert ada.answer != bob.answer
+    assert result.right
     assert [str(one) for one in result.stored] == ["demo/lora_xs@1"]
     loaded = load_adapter(load_base("embedded", dtype="float32"), tmp_path / "lora_xs" / "adapter.modicum")
     assert loaded.peft_config["default"].r == 32

@@ -23,8 +23,8 @@ def run(
     """Fine-tune the base model inside modicum with LoRA-XS, LoRA and VeRA, and compare them.
 
     Then saves the LoRA-XS adapter, loads it in a new process, merges it, exports it to a standard LoRA, and
-    checks that all four forms give the same answers on held-out rows. All adapters end in a store. Needs no network
-    and no GPU.
+    checks that all four forms give the same answers on held-out rows. All adapters end in a store, which a server
+    answers two users from. Needs no network and no GPU.
     """
     from modicum.errors import ConfigError
     from modicum.train.demo import run_demo
@@ -35,7 +35,7 @@ def run(
         folder = output or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="modicum-demo-")))
         result = run_demo(folder, quick=quick, tell=lambda line: typer.echo(line, err=True))
     emit(result, as_json, _show)
-    if not result.same:
+    if not result.right:
         raise typer.Exit(1)
 
 
@@ -45,25 +45,15 @@ def _show(result: "DemoResult") -> list[Any]:
     rows = [["base model", "", "", "", _share(before), "", ""]]
     rows += [
         [
-            m.method,
-            f"{m.values:,}",
-            f"{m.bytes_float32:,}",
-            f"{m.bytes_bfloat16:,}",
-            _share(m.after),
-            f"{m.seconds:.0f}",
-            _memory(m.peak_bytes, m.start_bytes),
+            m.method, f"{m.values:,}", f"{m.bytes_float32:,}", f"{m.bytes_bfloat16:,}", _share(m.after),
+            f"{m.seconds:.0f}", _memory(m.peak_bytes, m.start_bytes),
         ]
         for m in result.methods
-    ]
+    ]  # fmt: skip
     columns = [
-        "method",
-        "trained",
-        "bytes float32",
-        "bytes bfloat16",
-        "exactly right [95 %]",
-        "seconds",
+        "method", "trained", "bytes float32", "bytes bfloat16", "exactly right [95 %]", "seconds",
         "peak MiB (by training)",
-    ]
+    ]  # fmt: skip
     forms = [
         [
             f.form,
@@ -88,6 +78,7 @@ def _show(result: "DemoResult") -> list[Any]:
         ),
         note,
         *([_stored(result.stored)] if result.stored else []),
+        *_served(result),
         *(f"  {key}: {' '.join(text.split())}" for key, text in result.example.items()),
     ]
 
@@ -105,6 +96,17 @@ def _stored(versions: Any) -> Any:
     ]
     title = "What the store holds (modicum store --help)"
     return table(title, ["version", "bytes", "alias", "exactly right", "digest"], rows)
+
+
+def _served(result: "DemoResult") -> list[Any]:
+    if not result.served:
+        return ["Not served: pip install 'modicum[serve]'"]
+    rows = [
+        [one.user, one.model, " ".join(one.answer.split()), "yes" if one.as_offline else "NO"]
+        for one in result.served
+    ]
+    title = f"Two users ask one server: {' '.join(result.prompt.split())}"
+    return [table(title, ["user", "model", "answer", "as offline"], rows)]
 
 
 def _share(measure: dict[str, Any]) -> str:

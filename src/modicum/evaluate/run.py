@@ -132,7 +132,7 @@ def _language(
     }
     texts: list[str] = []
     if match:
-        room = max_new_tokens or _longest_completion(data)
+        room = max_new_tokens or longest_completion(data)
         prompts = [data.prompt(index) for index in range(len(data))]
         texts = complete(
             model, tokenizer, prompts, max_new_tokens=room, batch_size=batch_size, advance=advance
@@ -201,5 +201,6 @@ def _wants_match(data: Encoded, exact_match: bool | None) -> bool:
     return possible if exact_match is None else exact_match
 
 
-def _longest_completion(data: Encoded) -> int:
+def longest_completion(data: Encoded) -> int:
+    """Tokens of the longest wanted completion."""
     return max(len(data[i]["input_ids"]) - len(data.prompt(i)) for i in range(len(data)))

@@ -1,4 +1,4 @@
-"""The demo: three methods on the bundled task, then one adapter in four forms that must answer alike, then a store.
+"""The demo: three methods on the bundled task, one adapter in four forms that must answer alike, a store, a server.
 
 Every method trains in a process of its own, so that its peak memory is its own: the figure is the resident
 memory of the whole process, Python and torch included. The recipes are those of `recipes/demo_*.yaml`.
@@ -6,6 +6,7 @@ memory of the whole process, Python and torch included. The recipes are those of
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -87,6 +88,17 @@ class FormResult:
 
 
 @dataclass(frozen=True)
+class ServedUser:
+    """What a user of the server was answered."""
+
+    user: str
+    model: str
+    answer: str
+    #: whether the model answered the same offline
+    as_offline: bool
+
+
+@dataclass(frozen=True)
 class DemoResult:
     """Everything the demo found."""
 
@@ -103,6 +115,14 @@ class DemoResult:
     example: dict[str, str] = field(default_factory=dict)
     #: what the store holds at the end
     stored: tuple[Version, ...] = ()
+    #: what two users of a server on it were answered to the same prompt; nothing without the extra `serve`
+    served: tuple[ServedUser, ...] = ()
+    prompt: str = ""
+
+    @property
+    def right(self) -> bool:
+        """Whether everything answers as it should."""
+        return self.same and all(user.as_offline for user in self.served)
 
 
 def demo_recipe(method: str, *, quick: bool = False) -> Recipe:
@@ -125,7 +145,7 @@ def run_demo(
     quick: bool = False,
     tell: Callable[[str], None] = lambda _: None,
 ) -> DemoResult:
-    """Train, measure, save, reload, merge, export, and store; everything stays in `folder`.
+    """Train, measure, save, reload, merge, export, store, and serve; everything stays in `folder`.
 
     `methods` has to hold `CHECKED`, whose adapter is taken through all forms.
 
@@ -147,6 +167,11 @@ def run_demo(
         MethodResult(**{key: found[key] for key in MethodResult.__dataclass_fields__})
         for found in trained.values()
     )
+    stored = _store(folder, lines)
+    asked: dict[str, Any] = {"served": [], "prompt": ""}
+    if importlib.util.find_spec("uvicorn") and importlib.util.find_spec("fastapi"):
+        tell("serving the store to two users …")
+        asked = _work("serve", folder, recipe=recipe)
     return DemoResult(
         task=TASK,
         summary=bundled.task(TASK).summary,
@@ -157,7 +182,9 @@ def run_demo(
         seconds=time.perf_counter() - began,
         threads=trained[CHECKED]["threads"],
         example={**reloaded["example"], "after": forms_texts(folder / CHECKED, FORMS[0])[0]},
-        stored=_store(folder, lines),
+        stored=stored,
+        served=tuple(ServedUser(**user) for user in asked["served"]),
+        prompt=asked["prompt"],
     )
 
 

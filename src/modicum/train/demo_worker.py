@@ -1,7 +1,7 @@
 """One step of the demo, in a process of its own: `python -m modicum.train.demo_worker JOB.json`.
 
 `train` trains one method. `reload` knows only the saved file: it measures the base model, loads the adapter,
-exports and merges it, and loads what it wrote with plain Transformers and PEFT.
+exports and merges it, and loads what it wrote with plain Transformers and PEFT. `serve` answers two users.
 """
 
 from __future__ import annotations
@@ -108,6 +108,13 @@ def _stock(recipe: Recipe, folder: Path, tokenizer: Any, rows: Encoded) -> dict[
     return found
 
 
+def serve(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Serve the store in `folder` and ask it as two users."""
+    from modicum.train.demo_serve import serve as answered
+
+    return answered(recipe, folder, *_data(recipe))
+
+
 @torch.no_grad()
 def answer(form: str, model: Any, tokenizer: Any, rows: Encoded, folder: Path) -> dict[str, Any]:
     """The metrics of `model` on the held-out rows; its texts and logits go to files named after `form`."""
@@ -145,7 +152,9 @@ def main() -> None:
     # VeRA warns that its projections are not saved, which is what the recipe says
     warnings.filterwarnings("ignore", message="Specified to not")
     with quiet_transformers():
-        result = {"train": train, "reload": reload}[job["job"]](make_recipe(job["recipe"]), folder)
+        result = {"train": train, "reload": reload, "serve": serve}[job["job"]](
+            make_recipe(job["recipe"]), folder
+        )
     (folder / f"{job['job']}.result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
