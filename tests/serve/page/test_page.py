@@ -155,9 +155,12 @@ def test_rollback_rolls_back(signed_in, served):
     served.store.promote("notes@2")
     signed_in.wait("document.querySelector('#adapter-detail .badge')")
     # whoever says no has changed nothing
+    asked = [one for one in signed_in.requested if one.endswith("/rollback")]
     signed_in.click("[data-key=rollback]")
     assert "version 2" in texts(signed_in, "#ask-text")[0]
     answer(signed_in, "no")
+    signed_in.evaluate("new Promise((done) => setTimeout(done, 100))")
+    assert [one for one in signed_in.requested if one.endswith("/rollback")] == asked
     assert served.store.show("notes@production").version == 2
     signed_in.click("[data-key=rollback]")
     answer(signed_in, "yes")
