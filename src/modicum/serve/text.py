@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from modicum.serve.engine.interface import Reason, Step
 
 ROLES = ("system", "developer", "user", "assistant")
-#: tokens of the prompt that the first ones of the answer are decoded with: whether a blank is told depends on them
+#: tokens of the prompt that the answer may be decoded behind: whether it begins with a blank depends on them
 _CONTEXT = 6
 #: a character has at most four bytes; tokens after which no character is waited for any more
 _PATIENCE = 8
@@ -64,6 +64,7 @@ class Answer:
         The end token has no text. A stop string, and what stands behind it, is never told.
         """
         if self.finish is not None:
+            self.tokens = ()
             return ""
         start = len(self.text) + len(self._held)
         if step.finish != "stop":
@@ -78,7 +79,7 @@ class Answer:
             self.finish, cut = step.finish, len(self._held)
         told, self._held = self._held[:cut], self._held[cut:]
         self.text += told
-        self.tokens = tuple(self._told())
+        self.tokens = tuple(self._told(stopped=stopped))
         return told
 
     def _note(self, step: Step, start: int) -> None:
@@ -88,15 +89,20 @@ class Answer:
         one = replace(_token(self._tokenizer, step.token, step.logprob), offset=start, top=top)
         self._waiting.append((one, len(self.text) + len(self._held)))
 
-    def _told(self) -> list[Token]:
+    def _told(self, *, stopped: bool) -> list[Token]:
+        """The tokens whose text has been told, to where a stop string begins."""
         told, length = [], len(self.text)
         while self._waiting:
             token, end = self._waiting[0]
-            if end > length and (self.finish is None or token.offset >= length):
+            if stopped and token.offset >= length:
+                self._waiting.clear()
+                break
+            # bytes of a character that is not whole have no text of their own yet
+            if self.finish is None and (end > length or token.offset == length):
                 break
             self._waiting.popleft()
             if end > length:
-                # a stop string begins inside of it
+                # the stop string begins inside of it
                 kept = self.text[token.offset :]
                 token = replace(token, text=kept, bytes=kept.encode())
             told.append(token)
@@ -110,8 +116,16 @@ class _Decoder:
         self._decode = functools.partial(
             tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        self._tokens = list(prompt[-_CONTEXT:])
+        self._tokens = self._context(list(prompt[-_CONTEXT:]))
         self._done = len(self._tokens)
+
+    def _context(self, prompt: list[int]) -> list[int]:
+        """The last tokens of the prompt that begin with a character."""
+        for start in range(len(prompt) - 1, -1, -1):
+            text = self._decode(prompt[start:])
+            if text and not text.startswith(_BROKEN):
+                return prompt[start:]
+        return []
 
     def push(self, token: int) -> str:
         """The text that has become certain."""
@@ -129,17 +143,17 @@ class _Decoder:
         return after[len(before) :]
 
     def _take(self, text: str) -> str:
-        # the tokens of this piece are what the next one is decoded with
-        self._tokens = self._tokens[max(0, min(self._done, len(self._tokens) - _CONTEXT)) :]
+        # the next piece is decoded behind this one, which begins where a character does
+        self._tokens = self._tokens[self._done :]
         self._done = len(self._tokens)
         return text
 
 
 def _first(text: str, stops: Sequence[str]) -> tuple[int, bool]:
-    """Where the first stop string begins and True; else how much of the text cannot belong to one, and False."""
-    found = [at for stop in stops if (at := text.find(stop)) >= 0]
+    """Where the stop string begins that ends first, and True; else how much of the text belongs to none, and False."""
+    found = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
     if found:
-        return min(found), True
+        return min(found)[1], True
     for at in range(max(0, len(text) - max(map(len, stops), default=1) + 1), len(text)):
         if any(stop.startswith(text[at:]) for stop in stops):
             return at, False
@@ -202,7 +216,7 @@ def token_bytes(tokenizer: Any, token: int) -> bytes:
         return str(name).encode()
     if _byte_level(tokenizer):
         table: dict[str, bytes] = _byte_table()
-        return b"".join(table.get(letter, letter.encode()) for letter in name)
+        return b"".join(table[letter] if letter in table else letter.encode() for letter in name)
     if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
         return bytes.fromhex(name[3:5])
     return name.replace("▁", " ").encode()

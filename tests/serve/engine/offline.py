@@ -171,7 +171,7 @@ async def settled(engine) -> None:
     """Returns when nothing runs and nothing is held any more."""
     for _ in range(500):
         found = engine.stats()
-        if not (found.running or found.waiting or found.cache_used) and not any(
+        if not (found.running or found.waiting or found.cache_used > 1e-9) and not any(
             one.requests for one in engine.residents()
         ):
             return

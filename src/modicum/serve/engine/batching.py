@@ -125,14 +125,14 @@ class Batching:
 
     def cache_used(self) -> float:
         """Share of the cache that sequences hold; pages kept for others to come are free."""
-        held, all_of_it = 0, 0
-        pool = self.cache.pool
-        for allocator in self.cache.cache_allocators.values():
-            free = pool.count_free_blocks(allocator.index) + len(allocator.ledger.cached_blocks)
-            free += pool.num_free_sectors * allocator.blocks_per_sector
-            held += max(0, allocator.num_blocks - free) * allocator.bytes_per_block
-            all_of_it = max(all_of_it, allocator.num_blocks * allocator.bytes_per_block)
-        return held / all_of_it
+        cache = self.cache
+        kept = sum(
+            len(one.ledger.cached_blocks) * one.bytes_per_block for one in cache.cache_allocators.values()
+        )
+        # the two are not read at the same moment
+        return max(
+            0.0, 1 - cache.compute_free_capacity() - kept / (cache.num_sectors * cache.bytes_per_sector)
+        )
 
     def _realm(self, name: str) -> bytes | None:
         row = self._table.find(name)
