@@ -53,6 +53,18 @@ def contents(path: str | Path) -> dict[str, tuple]:
         return {str(v): (v.digest, v.metrics, v.tags, v.seed, v.data_digest, v.parent) for v in store.ls()}
 
 
+def said_by(model: Path) -> str:
+    """What the base model goes on with, always choosing the likeliest character."""
+    from modicum.models.loading import load_base, load_tokenizer
+
+    base, tokenizer = load_base(str(model)), load_tokenizer(str(model))
+    ids = [1]
+    while len(ids) < 50:
+        # no special token, which no text has
+        ids.append(int(base(torch.tensor([ids])).logits[0, -1, 5:].argmax()) + 5)
+    return tokenizer.decode(ids[1:])
+
+
 def states(folder: Path) -> dict[str, str]:
     return {row["user"]: row["state"] for row in parquet.read_table(folder / "users.parquet").to_pylist()}
 
@@ -194,15 +206,16 @@ def test_users_rows_are_gone_when_the_job_is_finished(tmp_path):
 
 
 def test_where_the_base_is_better_nothing_is_stored(tmp_path):
-    # what is judged by says the opposite of what is trained on
+    # what is judged by is what the base model would say itself, and not what is trained on
     held_out = set(np.random.default_rng(0).permutation(6)[:2].tolist())
+    usual = said_by(small_checkpoints.llama())
     rows = [
-        {"user": user, "prompt": "a", "completion": answers[row in held_out] * 40}
-        for user, answers in (("turned", "xq"), ("plain", "xx"))
+        {"user": user, "text": usual if row in held_out and user == "turned" else "xy" * 25}
+        for user in ("turned", "plain")
         for row in range(6)
     ]
     source = small_checkpoints.write_jsonl(tmp_path / "users.jsonl", rows)
-    spec = spec_in(tmp_path, rows=source, train={"epochs": 30, "evaluations": 1, "learning_rate": 0.3})
+    spec = spec_in(tmp_path, rows=source, train={"evaluations": 1})
     report = train_fleet(spec).report
     assert states(tmp_path / "run") == {"turned": "base", "plain": "stored"}
     assert set(contents(spec.store.path)) == {"plain@1"}

@@ -48,8 +48,7 @@ class Cohort:
         self._pad = Collator(base.tokenizer.pad_token_id, multiple=8 if base.device.type == "cuda" else 1)
         self._optimizer: StackedAdamW | None = None
         self._weight_decay = weight_decay
-        scalings = [base.kinds[rank].scaling for rank in self.ranks]
-        self._scaling = torch.tensor(scalings, device=base.device)[:, None, None]
+        self._scalings = [base.kinds[rank].scaling for rank in self.ranks]
 
     @property
     def optimizer(self) -> StackedAdamW:
@@ -115,8 +114,8 @@ class Cohort:
         turn, extra = self.base.turn, {"use_cache": False} if self.base.task == "causal_lm" else {}
         try:
             if values is not None:
-                scaling = self._scaling[torch.tensor(one.slots, device=self.base.device)]
-                turn.open(self._parts(values), one.counts, scaling, self.base.device)
+                scalings = [self._scalings[slot] for slot in one.slots]
+                turn.open(self._parts(values), one.counts, scalings, self.base.device)
             logits: Any = self.base.model(**batch, **extra).logits
         finally:
             turn.close()

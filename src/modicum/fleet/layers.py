@@ -31,8 +31,8 @@ class Turn:
     def __init__(self) -> None:
         #: trained numbers of the K adapters of the pass, by name in records: (K, *shape)
         self.values: Mapping[str, Tensor] = {}
-        #: of LoRA: alpha / r of each, (K, 1, 1)
-        self.scaling: Tensor | None = None
+        #: of LoRA: alpha / r of each row's adapter, (rows,)
+        self.scaling = torch.empty(0)
         self._rows = self._adapters = self._most = 0
         self._places: Tensor | None = None
 
@@ -45,11 +45,13 @@ class Turn:
         self,
         values: Mapping[str, Tensor],
         counts: Sequence[int],
-        scaling: Tensor | None,
+        scalings: Sequence[float],
         device: torch.device,
     ) -> None:
         """From now on the first counts[0] rows of a batch belong to the first adapter, and so on."""
-        self.values, self.scaling = values, scaling
+        self.values = values
+        of_rows = [scaling for scaling, count in zip(scalings, counts, strict=True) for _ in range(count)]
+        self.scaling = torch.tensor(of_rows, device=device)
         self._rows, self._adapters, self._most = sum(counts), len(counts), max(counts)
         self._places = None
         if min(counts) < self._most:
@@ -58,7 +60,7 @@ class Turn:
 
     def close(self) -> None:
         """From now on all rows belong to the base model."""
-        self.values, self.scaling, self._places = {}, None, None
+        self.values, self._places = {}, None
         self._adapters = 0
 
     def product(self, z: Tensor, weights: Tensor) -> Tensor:
@@ -125,11 +127,12 @@ class CoreUpdate(Update):
         """`base_output` plus the update of each row's core."""
         dtype = base_output.dtype
         z = self._inner(x.to(dtype), base_output)
-        cores = turn.values[self.name] * self.scaling
+        cores = turn.values[self.name]
         z = turn.product(z, (torch.diag_embed(cores) if self.diagonal else cores).to(dtype))
-        # addmm adds the update in the same pass that computes it
+        # addmm adds the update in the same pass that computes it, and scales it without a copy of all cores
         flat = base_output.reshape(-1, base_output.shape[-1])
-        return torch.addmm(flat, z.reshape(-1, z.shape[-1]), self.ut).view(base_output.shape)
+        z = z.reshape(-1, z.shape[-1])
+        return torch.addmm(flat, z, self.ut, alpha=self.scaling).view(base_output.shape)
 
     def _inner(self, x: Tensor, base_output: Tensor) -> Tensor:
         """A x, (rows, …, r), from the input or from the output."""
@@ -149,9 +152,9 @@ class FactorUpdate(Update):
     def forward(self, x: Tensor, base_output: Tensor, turn: Turn) -> Tensor:
         """`base_output` plus the update of each row's factors."""
         a, b = turn.values[self.a], turn.values[self.b]
-        assert turn.scaling is not None
         # as PEFT: the factors stay in float32 whatever the base model is in
-        z = turn.product(turn.product(x.to(a.dtype), a), b * turn.scaling)
+        z = turn.product(x.to(a.dtype), a)
+        z = turn.product(z * turn.scaling.view(-1, *[1] * (z.ndim - 1)), b)
         return base_output + z.to(base_output.dtype)
 
 
