@@ -240,6 +240,12 @@ def test_a_purged_user_is_gone_and_the_outcome_is_nobody_s(experiments, engine, 
     clock.now += 11
     experiments.check()
     assert experiments.report("trial").rated_users == 2
+    # what was told of an experiment that has ended is told anew
+    experiments.stop("trial", "chief")
+    (before,) = experiments.reports(10)
+    experiments.purge("team", next(user for user in USERS if user not in (gone, other, early)))
+    (after,) = experiments.reports(10)
+    assert sum(arm.users for arm in after.arms) == sum(arm.users for arm in before.arms) - 1
 
 
 _KILLED = """

@@ -74,7 +74,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/experiments")
     def listed(_: Admin) -> dict[str, Any]:
-        return {"experiments": [report(one.name) for one in experiments.all()[:_LISTED]]}
+        return {"experiments": [asdict(one) for one in experiments.reports(_LISTED)]}
 
     @routes.post("/experiments", status_code=201)
     def create(body: Annotated[dict[str, Any], Body()], key: Admin) -> dict[str, Any]:

@@ -67,6 +67,7 @@ class Experiments:
         self._known: dict[str, Experiment] = {}
         self._judged: dict[int, Any] = {}
         self._found: dict[int, Findings] = {}
+        self._reports: dict[int, tuple[Any, Report]] = {}
         self._checking, self._ending = threading.Lock(), threading.Event()
         self._reload()
         self._thread = threading.Thread(target=self._watch, args=(every,), name="experiments", daemon=True)
@@ -84,6 +85,7 @@ class Experiments:
         self._ending.set()
         if self._thread.is_alive():
             self._thread.join()
+        self._lifecycle.close()
         self._ledger.close()
 
     # what a request needs
@@ -200,6 +202,7 @@ class Experiments:
     def purge(self, tenant: str, user: str) -> int:
         """How many rows about a tenant's user were erased; fixed outcomes stay as nobody's."""
         known = list(self._known.values())
+        self._reports.clear()
 
         def forget(db: sqlite3.Connection) -> int:
             return sum(tables.forget(db, one.id, pseudonym(one.salt, tenant, user)) for one in known)
@@ -209,7 +212,22 @@ class Experiments:
     def report(self, name: str) -> Report:
         """What the experiment has found so far."""
         one = self._seen(name)
-        return self._ledger.read(lambda db: report(db, one, self._findings(db, one), self._ledger.lost))
+        return self._ledger.read(lambda db: self._report(db, one))
+
+    def reports(self, limit: int) -> list[Report]:
+        """What the newest experiments have found so far."""
+        self._reload()
+        return self._ledger.read(lambda db: [self._report(db, one) for one in self.all()[:limit]])
+
+    def _report(self, db: sqlite3.Connection, one: Experiment) -> Report:
+        found = self._findings(db, one)
+        state = one, found.place, tables.totals(db, one.id)
+        told = self._reports.get(one.id)
+        if told is not None and told[0] == state and one.state != "running":
+            return told[1]
+        made = report(db, one, found, self._ledger.lost)
+        self._reports[one.id] = state, made
+        return made
 
     def check(self) -> None:
         """Returns when outcomes whose window has closed are fixed, experiments that are decided stopped, logs told."""

@@ -6,9 +6,11 @@ after it, or as soon as the store can be reached again. So no acknowledged chang
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, final
 
 from modicum.errors import ConfigError, ConflictError, NotStoredError, StoreError
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 #: seconds between two attempts to reach a store that was gone
 _AGAIN = 5.0
+#: seconds that a change waits for the store to be told of it
+_PATIENCE = 2.0
 
 
 @final
@@ -38,6 +42,8 @@ class Lifecycle:
         self, ledger: Ledger, store: Store | None, base_name: str, clock: Callable[[], float]
     ) -> None:
         self._ledger, self._store, self._base, self._clock = ledger, store, base_name, clock
+        # one thread, so that nothing is told twice, and nobody waits for a store that is busy
+        self._telling = ThreadPoolExecutor(1, "experiments-log")
         self._next_try = 0.0
 
     def create(self, body: Mapping[str, Any], actor: str) -> None:
@@ -137,7 +143,15 @@ class Lifecycle:
         self._change(one.design, actor, "delete", {}, lambda db: tables.delete(db, one.name, states))
 
     def settle(self) -> None:
-        """Returns when the store's log has been told what it is still owed, as far as it can be reached."""
+        """Returns when the store's log has been told what it is still owed, or is not to be reached soon."""
+        with contextlib.suppress(TimeoutError):
+            self._telling.submit(self._tell_owed).result(_PATIENCE)
+
+    def close(self) -> None:
+        """Returns when nothing is being told to the store any more."""
+        self._telling.shutdown(cancel_futures=True)
+
+    def _tell_owed(self) -> None:
         owed = self._ledger.read(tables.owed)
         if self._store is None or not owed or time.monotonic() < self._next_try:
             return

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Outcome = Literal["better", "worse", "undecided"]
 #: the newest answers of an arm from which its percentiles are taken
-_NEWEST = 10_000
+_NEWEST = 2000
 
 
 @dataclass(frozen=True)
