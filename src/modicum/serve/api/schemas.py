@@ -43,7 +43,7 @@ _IGNORED = {
 MOST_SEQUENCES = 128
 
 _FEW = Field(min_length=1, max_length=MOST_SEQUENCES, fail_fast=True)
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1, fail_fast=True)]
 Text = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 Schema = TypeVar("Schema", bound=BaseModel)
 
