@@ -1,9 +1,9 @@
 """Ten minutes of mixed traffic on one server: whether its memory grows.
 
 `modicum serve` with a pool smaller than what is asked for, so that adapters come and go all the time; requests by
-Zipf's law, some clients leave in the middle, some name what does not exist, some ask for the base model. Every second the
-memory of the server is looked at. Told is the slope after a warm-up, with an interval: minutes are averaged, and a line
-through the averages has a slope with Student's 95 % interval.
+Zipf's law, some clients leave in the middle, some name what does not exist, some ask for the base model. Every second
+the memory of the server is looked at. Told is the slope after a warm-up, with an interval: half minutes are averaged,
+and a line through the averages has a slope with Student's 95 % interval.
 
     python benchmarks/serving/soak.py [--seconds 600] [--adapters 5000] [--slots 256]
 """

@@ -43,6 +43,8 @@ def arm(name: str, folder: str, dtype: str) -> None:
     print("READY", flush=True)
     for line in sys.stdin:
         print("SECONDS " + json.dumps(answer(json.loads(line))), flush=True)
+    # neither engine is asked to end in order
+    os._exit(0)
 
 
 def prompts(batch: int, context: int, seed: int) -> list[list[int]]:
@@ -101,12 +103,17 @@ def _vllm(name: str, folder: str, dtype: str) -> Any:
         enforce_eager=True, **options,
     )  # fmt: skip
 
+    known: dict[str, Any] = {}
+
     def lora(n: int, kind: str) -> Any:
         if kind == "LoRA-XS":
-            from modicum.serve.vllm.plugin import SCHEME, identity
+            from modicum.serve.vllm.plugin import asked
+            from modicum.store import Store
 
             version = f"user-{n % ADAPTERS}@1"
-            return LoRARequest(version, identity(version), SCHEME + version)
+            if version not in known:
+                known[version] = asked(version, Store(f"{folder}/store").get(version))
+            return known[version]
         return (
             LoRARequest(f"lora-{n}", n % ADAPTERS + 1, f"{folder}/loras/{n % ADAPTERS}")
             if kind == "LoRA"
@@ -135,7 +142,8 @@ class Arm:
         core = str(given.core)
         environment = {
             **os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": core,
-            "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }  # fmt: skip
         self.log = folder / f"{name}.log"
         with self.log.open("w") as log:

@@ -22,7 +22,7 @@ from modicum.errors import ConfigError, StoreError
 from modicum.serve.api.app import build
 from modicum.serve.api.gate import is_loopback
 from modicum.serve.costs import Tariff
-from modicum.serve.engine.embedded import open_engine
+from modicum.serve.engines import open_engine
 from modicum.serve.experiments import Experiments
 from modicum.serve.keys import Keys
 from modicum.serve.limits import Limits

@@ -31,6 +31,10 @@ class EngineSettings:
     max_rank: int = 64
     #: equal beginnings under the same version share keys and values
     prefix_caching: bool = True
+    #: what generates: Transformers in this process, or vLLM
+    kind: Literal["embedded", "vllm"] = "embedded"
+    #: engines, on the machines of a Ray cluster if there are several
+    replicas: int = 1
 
 
 @dataclass(frozen=True)

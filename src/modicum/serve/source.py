@@ -26,6 +26,11 @@ class Source:
         self._lock = threading.Lock()
         self._entries: OrderedDict[str, int] = OrderedDict()
 
+    @property
+    def location(self) -> str:
+        """What the user called the store."""
+        return self._store.location
+
     def get(self, version: str) -> Record:
         """The record of `version`; any thread.
 

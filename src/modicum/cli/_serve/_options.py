@@ -39,6 +39,11 @@ MaxRank = Annotated[int, Option(min=1, help="The largest rank of an adapter.")]
 PrefixCaching = Annotated[
     bool, Option(help="Compute equal beginnings of prompts once, per tenant and version.")
 ]
+Kind = Annotated[
+    Literal["embedded", "vllm"],
+    Option("--engine", help="What generates: Transformers in this process, or vLLM."),
+]
+Replicas = Annotated[int, Option(min=1, help="Engines; several run under Ray Serve.")]
 RequestTimeout = Annotated[float, Option(min=0.01, help="Seconds that a request may take.")]
 Grace = Annotated[float, Option(min=0, help="Seconds that running requests get when the server stops.")]
 MaxBody = Annotated[int, Option(min=1024, help="Bytes of the longest body of a request.")]

@@ -33,6 +33,8 @@ def start(
     slots: of.Slots = _ENGINE.slots,
     max_rank: of.MaxRank = _ENGINE.max_rank,
     prefix_caching: of.PrefixCaching = _ENGINE.prefix_caching,
+    kind: of.Kind = _ENGINE.kind,
+    replicas: of.Replicas = _ENGINE.replicas,
     request_timeout: of.RequestTimeout = _SERVER.request_timeout,
     grace: of.Grace = _SERVER.grace,
     max_body_bytes: of.MaxBody = _SERVER.max_body_bytes,

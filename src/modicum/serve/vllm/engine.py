@@ -29,22 +29,25 @@ from modicum.serve.engine.interface import (
     Step,
 )
 from modicum.serve.vllm.plugin import STORE, register
-from modicum.serve.vllm.registry import Registry
+from modicum.serve.vllm.registry import Entry, Registry
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
     from modicum.serve.settings import EngineSettings
+    from modicum.serve.source import Source
     from modicum.store import Store
 
 #: the ranks that vLLM makes room for
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 #: tokens of a page; kernels on processors want a multiple of 32
 _PAGE = 32
+#: seconds between two tries for a slot
+_RETRY = 0.01
 
 
 def open_engine(
-    settings: EngineSettings, store: Store | None, observer: Observer | None = None
+    settings: EngineSettings, store: Store | Source | None, observer: Observer | None = None
 ) -> tuple[VllmEngine, Any]:
     """The engine of the model that `settings` names, not started, and the model's tokenizer.
 
@@ -82,7 +85,7 @@ class VllmEngine(Engine):
         folder: str,
         settings: EngineSettings,
         *,
-        store: Store | None = None,
+        store: Store | Source | None = None,
         observer: Observer | None = None,
         eos_token_ids: Sequence[int] = (),
     ) -> None:
@@ -194,11 +197,21 @@ class VllmEngine(Engine):
             yield None
             return
         assert self._registry is not None
-        entry = await self._registry.acquire(version)
+        entry = await self._entry(self._registry, version)
         try:
             yield entry.request
         finally:
             self._registry.release(entry)
+
+    async def _entry(self, registry: Registry, version: str) -> Entry:
+        while True:
+            try:
+                return await registry.acquire(version)
+            except OverloadedError:
+                # a slot comes back with the next sequence that ends, if one has any
+                if not registry.leases():
+                    raise
+            await asyncio.sleep(_RETRY)
 
     async def _run(self, request: Request, lora: Any) -> AsyncGenerator[Step, None]:
         from vllm.inputs import TokensPrompt

@@ -83,14 +83,13 @@ class Library:
         return basis.a[:k], basis.ut[:k].T
 
     @torch.no_grad()
-    def get(self, version: str) -> dict[str, LayerUpdate]:
+    def updates(self, version: str, record: Record) -> dict[str, LayerUpdate]:
         """The updates of a version by layer.
 
         Raises:
-            NotStoredError, CorruptAdapterError, BaseMismatchError, BasisMismatchError: see `Store.get`, `load_adapter`.
+            CorruptAdapterError, BaseMismatchError, BasisMismatchError: see `load_adapter`.
             ConfigError: it cannot be served from here; the message says why and what to do.
         """
-        record = self.read(version)
         if record.sections or record.config.get("modules_to_save"):
             raise ConfigError(
                 f"{version} has modules of its own besides its adapters (modules_to_save), which vLLM does not serve "

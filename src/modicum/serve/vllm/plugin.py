@@ -1,7 +1,7 @@
 """The entry point of vLLM's plug-ins: every process of vLLM calls `register` when it starts.
 
 Nothing happens without `MODICUM_VLLM_STORE`, the folder or address of an adapter store. With it, the LoRA layers learn
-cores (`layers`), and a request whose path is `modicum:ada@3` gets that version of the store (`library`).
+cores (`layers`), and a request whose path begins with `modicum:ada@3` gets that version of the store (`library`).
 """
 
 # vLLM is in another environment than the one that is checked
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
+
+    from modicum.store.record import Record
 
 STORE = "MODICUM_VLLM_STORE"
 #: what the path of a request to vLLM begins with if the store has the adapter
@@ -51,12 +54,31 @@ def register() -> None:
     _done = True
 
 
-def identity(version: str) -> int:
-    """The number of a version in vLLM: the same in all processes and at all times, and no small one.
+def asked(version: str, record: Record) -> Any:
+    """The request to vLLM for `version`, with these numbers.
 
-    62 bits of BLAKE2b; that two versions never meet under one number is checked where they are loaded.
+    Its path ends with their digest: if a name is purged and begins anew, what vLLM keeps of the old `ada@1` (keys and
+    values of prompts) is found under another path. The path also gives the number.
     """
-    digest = hashlib.blake2b(version.encode(), digest_size=8).digest()
+    from vllm.lora.request import LoRARequest
+
+    path = f"{SCHEME}{version}#{fingerprint(record)}"
+    # vLLM takes requests of one name for one adapter
+    return LoRARequest(path, identity(path), path)
+
+
+def fingerprint(record: Record) -> str:
+    """32 hexadecimal digits of what a record says and holds."""
+    about = json.dumps([record.method, record.dtype, record.config, record.layout.names], sort_keys=True)
+    return hashlib.blake2b(about.encode() + record.values.tobytes(), digest_size=16).hexdigest()
+
+
+def identity(path: str) -> int:
+    """The number of a path in vLLM: the same in all processes and at all times, and no small one.
+
+    62 bits of BLAKE2b; that two paths never meet under one number is checked where they are loaded.
+    """
+    digest = hashlib.blake2b(path.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 2 | 1 << 61
 
 
@@ -155,11 +177,9 @@ def _patch_manager() -> None:
 
     def add_adapter(self: Any, lora_request: Any) -> bool:
         held = self._adapter_manager._registered_adapters.cache.get(lora_request.lora_int_id)  # noqa: SLF001
-        name = getattr(held, "modicum_version", None)
-        if name is not None and name != lora_request.lora_name:
-            raise RuntimeError(
-                f"{name} and {lora_request.lora_name} have one number in vLLM; put one of them anew"
-            )
+        path = getattr(held, "modicum_path", None)
+        if path is not None and path != lora_request.lora_path:
+            raise RuntimeError(f"{path} and {lora_request.lora_path} have one number in vLLM; put one anew")
         return add(self, lora_request)
 
     LRUCacheWorkerLoRAManager.create_lora_manager = create_lora_manager
@@ -214,11 +234,19 @@ def _loaded(worker: Any, request: Any) -> Any:
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.lora_weights import LoRALayerWeights
 
-    version = request.lora_path.removeprefix(SCHEME)
-    if version != request.lora_name or identity(version) != request.lora_int_id:
-        raise ConfigError(f"{request.lora_name!r} was asked for by the path and number of {version!r}")
+    version, _, wanted = request.lora_path.removeprefix(SCHEME).partition("#")
+    if (
+        request.lora_name not in (version, request.lora_path)
+        or identity(request.lora_path) != request.lora_int_id
+    ):
+        raise ConfigError(f"{request.lora_name!r} was asked for by the path or number of another adapter")
+    record = worker.modicum_library.read(version)
+    if fingerprint(record) != wanted:
+        raise ConfigError(
+            f"{version} is not what it was when it was asked for: its name was purged and began anew"
+        )
     manager, dtype = worker._adapter_manager, worker.lora_config.lora_dtype  # noqa: SLF001
-    updates = worker.modicum_library.get(version)
+    updates = worker.modicum_library.updates(version, record)
     places = {part: name for name, parts in manager.packed_modules.items() for part in parts}
     weights = {}
     for name, update in updates.items():
@@ -229,5 +257,5 @@ def _loaded(worker: Any, request: Any) -> Any:
         rank = update.a.shape[0]
         weights[name] = LoRALayerWeights(name, rank, rank, update.a.to(dtype), b.to(dtype), 1.0)
     model = LoRAModel(request.lora_int_id, max(w.rank for w in weights.values()), weights)
-    model.modicum_version = version
+    model.modicum_path = request.lora_path
     return model

@@ -18,9 +18,10 @@ from modicum.serve.engine.interface import (
     PoolStats,
     Resident,
 )
-from modicum.serve.vllm.plugin import SCHEME, identity
+from modicum.serve.vllm.plugin import asked
 
 if TYPE_CHECKING:
+    from modicum.serve.source import Source
     from modicum.store import Store
 
 
@@ -29,8 +30,8 @@ class Entry:
     """A version that vLLM knows, or is being told of."""
 
     version: str
-    #: what vLLM is given with each request under it
-    request: Any
+    #: what vLLM is given with each request under it, once it is loaded
+    request: Any = None
     loading: asyncio.Task[Any] | None = None
     method: str = ""
     rank: int = 0
@@ -46,7 +47,7 @@ class Entry:
 class Registry:
     """The versions in an engine of vLLM's, at most `slots`; belongs to one event loop."""
 
-    def __init__(self, llm: Any, store: Store, slots: int, observer: Observer) -> None:
+    def __init__(self, llm: Any, store: Store | Source, slots: int, observer: Observer) -> None:
         self._llm, self._store, self._slots, self._observer = llm, store, slots, observer
         self._entries: OrderedDict[str, Entry] = OrderedDict()
         self._hits = self._misses = self._evictions = self._failures = 0
@@ -99,6 +100,10 @@ class Registry:
             await self._forget(entry)
         return True
 
+    def leases(self) -> int:
+        """How many requests use versions now."""
+        return sum(entry.leases for entry in self._entries.values())
+
     def residents(self) -> list[Resident]:
         """All versions, the last used first."""
         return [_resident(entry) for entry in reversed(self._entries.values())]
@@ -122,11 +127,8 @@ class Registry:
             await self._make_room()
             if version in self._entries:
                 return await self._entry(version)
-        from vllm.lora.request import LoRARequest
-
         self._misses += 1
-        entry = Entry(version, LoRARequest(version, identity(version), f"{SCHEME}{version}"))
-        self._entries[version] = entry
+        entry = self._entries[version] = Entry(version)
         entry.loading = asyncio.get_running_loop().create_task(self._load(entry))
         return entry
 
@@ -161,6 +163,7 @@ class Registry:
             record = await asyncio.to_thread(self._store.get, version)
             entry.method, entry.rank = record.method, int(record.config.get("r", 16))
             entry.bytes = record.layout.size * self._llm.model_config.dtype.itemsize
+            entry.request = asked(version, record)
             await self._llm.add_lora(entry.request)
             failed = False
         except ModicumError as error:

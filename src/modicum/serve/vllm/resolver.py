@@ -14,10 +14,12 @@ import re
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from modicum.errors import ModicumError, NotStoredError
+from modicum.errors import NotStoredError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from modicum.store.record import Record
 
 T = TypeVar("T")
 #: how many names the server knows at a time, where nothing else is said
@@ -57,7 +59,7 @@ def register_resolver(address: str) -> None:
     from vllm.lora.request import LoRARequest
     from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
-    from modicum.serve.vllm.plugin import SCHEME, identity
+    from modicum.serve.vllm.plugin import asked
     from modicum.store import Store
 
     class Numbered(LoRARequest):
@@ -79,21 +81,17 @@ def register_resolver(address: str) -> None:
             if not _VERSION.fullmatch(lora_name):
                 return None
             try:
-                await asyncio.to_thread(self._read, lora_name)
+                record = await asyncio.to_thread(self._read, lora_name)
             except NotStoredError:
                 return None
-            except ModicumError:
-                # vLLM says that it could not be loaded, and its log why
-                pass
-            return Numbered(
-                lora_name=lora_name, lora_int_id=identity(lora_name), lora_path=f"{SCHEME}{lora_name}"
-            )
+            wanted = asked(lora_name, record)
+            return Numbered(lora_name, wanted.lora_int_id, wanted.lora_path)
 
-        def _read(self, version: str) -> None:
+        def _read(self, version: str) -> Record:
             if self._store is None:
                 self._store = Store(address)
             # all of it, so that the engine finds it in memory, and not between two of its steps on a disk
-            self._store.get_bytes(version)
+            return self._store.get(version)
 
     LoRAResolverRegistry.register_resolver("modicum", StoreResolver())
 

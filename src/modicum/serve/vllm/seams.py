@@ -61,13 +61,19 @@ def check_seams(seams: dict[str, tuple[str, ...]] = SEAMS) -> None:
     """
     faults = [fault for place, wanted in seams.items() if (fault := _fault(place, wanted))]
     if faults:
-        from vllm import __version__
-
         raise VllmChangedError(
-            f"vLLM {__version__} is not built as the plug-in of modicum expects: {'; '.join(faults)}. Tested are "
+            f"vLLM {_version()} is not built as the plug-in of modicum expects: {'; '.join(faults)}. Tested are "
             f"{', '.join(f'{version}.*' for version in TESTED)}: install one of these, or start without "
             "MODICUM_VLLM_STORE"
         )
+
+
+def _version() -> str:
+    try:
+        from vllm import __version__
+    except ImportError:
+        return "(not installed)"
+    return __version__
 
 
 def _fault(place: str, wanted: tuple[str, ...]) -> str | None:

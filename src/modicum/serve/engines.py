@@ -1,0 +1,42 @@
+"""The engine that settings ask for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from modicum.serve.engine.interface import Engine, Observer
+    from modicum.serve.settings import EngineSettings
+    from modicum.serve.source import Source
+    from modicum.store import Store
+
+
+def open_engine(
+    settings: EngineSettings, store: Store | Source | None, observer: Observer | None = None
+) -> tuple[Engine, Any]:
+    """The engine, not started, and the model's tokenizer.
+
+    Raises:
+        ConfigError: no such model or tokenizer, or settings that do not fit it.
+        MissingExtraError: it needs vLLM or Ray, which is not installed.
+    """
+    if settings.replicas == 1:
+        return open_local(settings, store, observer)
+    from modicum.models.loading import load_tokenizer
+    from modicum.serve.ray.engine import RayEngine
+
+    tokenizer = load_tokenizer(settings.model)
+    return RayEngine(settings, None if store is None else store.location, observer=observer), tokenizer
+
+
+def open_local(
+    settings: EngineSettings, store: Store | Source | None, observer: Observer | None = None
+) -> tuple[Engine, Any]:
+    """The same without replicas."""
+    if settings.kind == "vllm":
+        from modicum.serve.vllm.engine import open_engine as open_vllm
+
+        return open_vllm(settings, store, observer)
+    from modicum.serve.engine.embedded import open_engine as open_embedded
+
+    return open_embedded(settings, store, observer)
