@@ -161,14 +161,14 @@ def writing(store: Store, given: argparse.Namespace) -> dict:
     }
 
 
-def users(folder: Path) -> list[str]:
+def users(folder: Path) -> np.ndarray:
     """The names of everybody who has version 1; `Store.ls` would look up a million descriptions."""
     query = "SELECT n.name FROM names n JOIN versions v ON v.name = n.id WHERE n.name GLOB 'users/*' AND v.version = 1"
     with contextlib.closing(sqlite3.connect(folder / "index.sqlite")) as index:
-        return [name for (name,) in index.execute(query)]
+        return np.array([name for (name,) in index.execute(query)])
 
 
-def reading(folder: Path, drawn: list[str], rng: np.random.Generator, names: list[str]) -> dict:
+def reading(folder: Path, drawn: list[str], rng: np.random.Generator, names: np.ndarray) -> dict:
     def tensor(store: Store, wanted: list[str]) -> float:
         return timed(lambda: store.get_many(wanted).tensor())
 
