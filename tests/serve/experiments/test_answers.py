@@ -145,7 +145,7 @@ def test_what_is_said_of_another_arm_than_the_first_is_no_outcome(experiments, e
     experiments.weigh("trial", {"old": 0}, "chief")
     moved = two(arms)[0]
     assert asked(experiments, engine, moved, response="other") == {moved: "new"}
-    say(experiments, {"response_id": "other", "thumbs": "up"})
+    say(experiments, {"response_id": "other", "thumbs": "down"})
     clock.now += 11
     experiments.check()
     assert experiments.report("trial").rated_users == 0

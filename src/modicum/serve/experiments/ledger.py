@@ -106,14 +106,18 @@ class Ledger:
             going_on = True
             while going_on:
                 batch, going_on = self._gathered()
+                # what could not be written earlier comes before what is about it, and does not take that along
+                if earlier := list(self._kept):
+                    self._kept.clear()
+                    self._write(db, earlier)
                 self._write(db, batch)
+            self.lost += len(self._kept)
 
     def _gathered(self) -> tuple[list[_Item], bool]:
         """What is to be written now, and whether more may come."""
-        batch = list(self._kept)
-        self._kept.clear()
+        batch: list[_Item] = []
         until = None
-        while len(batch) < _BATCH + _KEPT:
+        while len(batch) < _BATCH:
             try:
                 item = self._queue.get(timeout=None if until is None else max(0.0, until - time.monotonic()))
             except queue.Empty:
@@ -123,8 +127,6 @@ class Ledger:
             batch.append(item)
             now = time.monotonic()
             until = min(until or now + _LINGER, now if item.urgent else now + _LINGER)
-            if len(batch) >= _BATCH:
-                break
         return batch, True
 
     def _write(self, db: sqlite3.Connection, batch: list[_Item]) -> None:
@@ -141,7 +143,12 @@ class Ledger:
         except Exception as error:  # noqa: BLE001 - whoever waits is told
             if db.in_transaction:
                 db.execute("ROLLBACK")
-            self._failed(batch, error)
+            if len(batch) > 1 and not isinstance(error.__cause__, sqlite3.OperationalError):
+                # it is the fault of one of them
+                for item in batch:
+                    self._write(db, [item])
+            else:
+                self._failed(batch, error)
             return
         for item, result, error in results:
             if error is not None:
@@ -153,7 +160,7 @@ class Ledger:
         for item in batch:
             if item.urgent:
                 item.done.set_exception(error)
-            elif len(self._kept) < _KEPT and isinstance(error, StoreError) and not self._closed:
+            elif len(self._kept) < _KEPT and isinstance(error.__cause__, sqlite3.OperationalError):
                 self._kept.append(item)
             else:
                 self.lost += 1
