@@ -146,6 +146,21 @@ def test_a_slow_arm_is_stopped_and_one_that_is_as_fast_is_not(experiments, trial
         assert again.get("trial").reason.startswith("guardrail: new is slow in")
 
 
+def test_an_arm_may_be_as_slow_as_the_design_says(experiments, trial):
+    trial(latency_factor=1.5)
+    for number in range(100):
+        seen(experiments, "old", f"u{number}", 1.0)
+    for number in range(100):
+        seen(experiments, "new", f"v{number}", 1.4)
+    experiments.check()
+    assert experiments.get("trial").state == "running"
+    assert arms_of(experiments.report("trial"))["new"].seconds.p95 == 1.4
+    for number in range(100):
+        seen(experiments, "new", f"w{number}", 1.6)
+    experiments.check()
+    assert experiments.get("trial").reason == "guardrail: new is slow in 100 of 200 requests"
+
+
 def test_a_shadow_is_compared_and_never_seen(experiments, engine, trial):
     trial(shadow=True)
     engine.said |= {"ada_1": [1, 2, 3, 4], "ada_3": [1, 2, 9, 9]}
