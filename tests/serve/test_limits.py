@@ -20,6 +20,12 @@ class Clock:
         return self.at
 
 
+def generate(permit, tokens):
+    """What a request does that generates so many tokens."""
+    for _ in range(tokens):
+        permit.token()
+
+
 @pytest.fixture
 def clock():
     return Clock(20000 * DAY + DAY / 4)
@@ -58,13 +64,21 @@ def test_tokens_are_a_debt_that_later_requests_wait_for(limits, clock):
     key = Key("ada", tokens_per_minute=60)
     with limits.enter(key) as permit:
         permit.used(prompt=40)
-        permit.used(generated=140)
+        generate(permit, 140)
     with pytest.raises(LimitError, match="60 tokens per minute") as caught:
         limits.enter(key)
     assert caught.value.retry_after == pytest.approx(121)
     clock.at += 121.01
     with limits.enter(key):
         pass
+
+
+def test_what_is_generated_counts_while_it_is(limits):
+    key = Key("ada", tokens_per_minute=100)
+    with limits.enter(key) as permit:
+        generate(permit, 120)
+        with pytest.raises(LimitError, match="100 tokens per minute"):
+            limits.enter(key)
 
 
 def test_a_key_does_not_wait_for_another(limits):
@@ -87,10 +101,11 @@ def test_requests_at_a_time(limits):
 def test_the_quota_of_a_day_outlives_the_server(tmp_path, clock):
     key = Key("ada", tokens_per_day=100)
     with Limits(tmp_path, clock=clock, now=clock) as limits, limits.enter(key) as permit:
-        permit.used(prompt=60, generated=30)
+        permit.used(prompt=60)
+        generate(permit, 30)
     with Limits(tmp_path, clock=clock, now=clock) as limits:
         with limits.enter(key) as permit:
-            permit.used(generated=10)
+            generate(permit, 10)
         with pytest.raises(LimitError, match="100 tokens per day") as caught:
             limits.enter(key)
         assert caught.value.code == "insufficient_quota"
@@ -125,11 +140,12 @@ def test_two_servers_share_the_day(tmp_path, clock):
 def test_usage_by_tenant_and_day(limits, clock):
     for name, tokens in (("ada", 5), ("bob", 7)):
         with limits.enter(Key(name)) as permit:
-            permit.used(prompt=tokens, generated=1)
+            permit.used(prompt=tokens)
+            generate(permit, 1)
     limits.flush()
     clock.at += DAY
     with limits.enter(Key("ada")) as permit:
-        permit.used(generated=2)
+        generate(permit, 2)
     found = [
         (u.day - 20000, u.tenant, u.requests, u.prompt_tokens, u.generated_tokens)
         for u in limits.usage(days=2)
@@ -142,7 +158,8 @@ def test_nothing_is_lost_or_counted_twice_while_it_is_written(limits):
     def ask():
         for _ in range(200):
             with limits.enter(Key("ada")) as permit:
-                permit.used(prompt=1, generated=2)
+                permit.used(prompt=1)
+                generate(permit, 2)
 
     threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:

@@ -26,6 +26,8 @@ FILE = "usage.sqlite"
 DAY = 86400
 #: words of the OpenAI API; where the quota is used up, waiting a little is no use
 RATE, QUOTA = "rate_limit_exceeded", "insufficient_quota"
+#: generated tokens that are counted together
+_SOME = 16
 _TABLE = (
     "CREATE TABLE IF NOT EXISTS usage(day INTEGER NOT NULL, tenant TEXT NOT NULL, requests INTEGER NOT NULL, "
     "prompt INTEGER NOT NULL, generated INTEGER NOT NULL, PRIMARY KEY (day, tenant)) WITHOUT ROWID;"
@@ -213,15 +215,24 @@ class Permit:
 
     def __init__(self, limits: Limits, name: str) -> None:
         self._limits, self._name = limits, name
+        self._untold = 0
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.used()
         self._limits._ended(self._name)  # noqa: SLF001, two halves of one thing
 
-    def used(self, *, prompt: int = 0, generated: int = 0) -> None:
-        """Returns when so many tokens are counted."""
+    def token(self) -> None:
+        """Returns when one generated token is counted, or will be soon: there are thousands in a second."""
+        self._untold += 1
+        if self._untold == _SOME:
+            self.used()
+
+    def used(self, *, prompt: int = 0) -> None:
+        """Returns when so many tokens of the prompt, and all that were generated so far, are counted."""
+        generated, self._untold = self._untold, 0
         self._limits._left(self._name, prompt, generated)  # noqa: SLF001, likewise
 
 

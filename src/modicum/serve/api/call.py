@@ -111,7 +111,8 @@ class Call:
                 async with asyncio.timeout(self._service.settings.request_timeout):
                     requests = await self._requests(meter, permit)
                     answers = [self._answer(at, one, meter, permit) for at, one in enumerate(requests)]
-                    async with contextlib.aclosing(_merged(answers)) as pieces:
+                    merged = answers[0] if len(answers) == 1 else _merged(answers)
+                    async with contextlib.aclosing(merged) as pieces:
                         async for piece in pieces:
                             yield piece
             outcome = "ok"
@@ -186,7 +187,7 @@ class Call:
         async with contextlib.aclosing(steps):
             async for step in steps:
                 meter.tokens(1, index)
-                permit.used(generated=1)
+                permit.token()
                 self._generated_tokens += 1
                 # the answers to one prompt share it
                 self._cached_tokens += step.cached if first else 0
@@ -213,11 +214,6 @@ def _drawn(sampling: Sampling, answer: int) -> Sampling:
 
 async def _merged(answers: Sequence[AsyncGenerator[Piece]]) -> AsyncGenerator[Piece]:
     """The pieces of all answers as they come; the first error ends all of them."""
-    if len(answers) == 1:
-        async with contextlib.aclosing(answers[0]) as only:
-            async for piece in only:
-                yield piece
-        return
     arrived: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
 
     async def follow(answer: AsyncGenerator[Piece]) -> None:
