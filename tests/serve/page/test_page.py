@@ -319,7 +319,9 @@ def test_focus_stays_when_tables_are_drawn_anew(signed_in, served):
 
 
 def test_pause_stops_asking(signed_in):
-    signed_in.click("#pause")
+    # while an answer is on its way
+    press = "document.querySelector('#pause').click()"
+    signed_in.evaluate(f"import('/page/app.js').then((app) => {{ app.look(); {press}; }})")
     assert signed_in.evaluate("document.querySelector('#pause').getAttribute('aria-pressed')") == "true"
     signed_in.evaluate("new Promise((done) => setTimeout(done, 500))")  # what was on its way arrives
     signed_in.requested.clear()

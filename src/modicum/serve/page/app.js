@@ -118,7 +118,8 @@ $("pause").addEventListener("click", () => {
   paused = !paused;
   $("pause").setAttribute("aria-pressed", String(paused));
   $("pause").textContent = paused ? "Go on" : "Pause";
-  schedule(paused ? 1e6 : 0);
+  if (paused) clearTimeout(timer);
+  else schedule(0);
 });
 for (const choice of document.querySelectorAll("input[name=span]")) choice.addEventListener("change", () => schedule(0));
 document.addEventListener("visibilitychange", () => { if (!document.hidden) schedule(0); });
