@@ -363,7 +363,12 @@ def main() -> None:
     torch.set_num_threads(1)
     result: dict[str, Any] = {
         "what": f"{given.records} adapters of about {given.bytes} bytes",
-        "command": f"python benchmarks/store/load.py --records {given.records} --bytes {given.bytes}",
+        "command": f"python benchmarks/store/load.py --records {given.records} --bytes {given.bytes}"
+        + "".join(
+            f" --{name} {value}"
+            for name in ("added", "singles", "reads", "baseline")
+            if (value := getattr(given, name)) != parser.get_default(name)
+        ),
         "versions": {"modicum": __version__, "torch": torch.__version__, "sqlite": sqlite3.sqlite_version},
     }
     arms = {"store": ours, "folders of safetensors": peft_folders, "SQLite blobs": sqlite_blobs}

@@ -133,7 +133,9 @@ class Embedded:
                 rows = db.execute(query.format(marks(part)), (*part, *values)).fetchall()
                 if wanted is not None:
                     objects = [row[wanted] for row in rows]
-                    for *_, segment, start, size in db.execute(PLACES.format(marks(objects)), objects):
+                    # all of them first: a query that has begun keeps the WAL from being emptied
+                    places = db.execute(PLACES.format(marks(objects)), objects).fetchall()
+                    for *_, segment, start, size in places:
                         self.segments.get(segment).expect(start, size)
 
         side_by_side(ask, split(keys, WAITING))
