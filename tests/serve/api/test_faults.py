@@ -164,6 +164,8 @@ def test_a_store_that_is_locked_or_gone(start, store, offline):
         os.truncate(segment, 0)
         store.rename(store.with_name("elsewhere"))
         assert _text(client, "ada") == ada, "what is in memory is served without the store"
+        ready = httpx.get(f"{served.url}/ready", timeout=30)
+        assert (ready.status_code, ready.json()["store"], ready.json()["engine"]) == (503, False, True)
         with pytest.raises(openai.InternalServerError) as caught:
             _ask(client, "eve")
         assert caught.value.status_code == 503
@@ -178,6 +180,7 @@ def test_a_store_that_is_locked_or_gone(start, store, offline):
                 return None
 
         _until(back, "the store is back, and not used")
+        _until(lambda: httpx.get(f"{served.url}/ready").status_code == 200, "the store is back, and not seen")
 
 
 def test_a_request_that_takes_too_long(start):

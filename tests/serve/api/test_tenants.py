@@ -148,6 +148,20 @@ def test_nothing_of_a_tenant_is_told_to_another(served, client, keys, caplog):
     assert all("bob" not in text for text in seen)
 
 
+def test_the_prefix_cache_is_not_shared_between_tenants(served):
+    prompt = "The time that a prompt takes must not tell whether somebody else has sent it. " * 8
+    asked = []
+    for name in ("first", "first", "second"):
+        keys = served.service.keys
+        secret = (
+            keys.rotate(name) if any(key.name == name for key in keys.list()) else keys.add(name, base=True)
+        )
+        with served.client(secret) as client:
+            asked.append(_ask(client, "base", prompt).usage.prompt_tokens_details.cached_tokens)
+    assert asked[0] == asked[2] == 0
+    assert asked[1] > 0
+
+
 def test_a_revoked_key_is_refused_at_once(served, client):
     with served.client(served.service.keys.add("brief", base=True)) as brief:
         assert _ask(brief, "base").choices
