@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import sqlite3
+import time
 
 import pytest
 from tests.store.small_records import record
@@ -164,6 +165,15 @@ def test_a_store_that_does_not_answer_is_left_alone_for_a_moment(names, store, m
     for _ in range(5):
         assert resolve(names, "ada").version == "ada@1"
     assert len(calls) == 1
+
+
+def test_a_long_list_does_not_make_the_store_look_gone(names, store, monkeypatch):
+    monkeypatch.setattr(module, "_PATIENCE", 0.05)
+    listed = store.names
+    monkeypatch.setattr(store, "names", lambda *a, **o: time.sleep(0.2) or listed(*a, **o))
+    with pytest.raises(StoreError, match="does not answer"):
+        asyncio.run(names.visible(["*"]))
+    assert resolve(names, "ada@3").version == "ada@3"
 
 
 def test_only_so_many_answers_are_kept(names, monkeypatch):

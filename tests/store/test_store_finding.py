@@ -6,6 +6,7 @@ import pytest
 from tests.store.small_records import record
 
 from modicum.store import Store
+from modicum.store.catalogue import listing
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def test_finding_the_first_of_several_references(store):
     assert store.find("ada@3", f"ada@{10**16}", "bob") is None
 
 
-def test_names_in_order_by_pattern(store):
+def test_names_in_order_by_pattern(store, monkeypatch):
     names = [*(f"team/{a}{b}" for a in "xyz" for b in range(10)), "zoe"]
     store.put_many([(name, record(0)) for name in reversed(names)])
     store.remove("team/x3", 1)
@@ -36,5 +37,9 @@ def test_names_in_order_by_pattern(store):
         *(f"team/z{b}" for b in range(10)),
     ]
     # most of a page does not match, and yet the answer is full
+    monkeypatch.setattr(listing, "_SCAN", 4)
     assert store.names("*5", limit=2) == ["team/x5", "team/y5"]
     assert store.names("nobody*") == []
+    # and what is far away is not looked for
+    monkeypatch.setattr(listing, "_SCANNED", 8)
+    assert store.names("*9", limit=2) == []

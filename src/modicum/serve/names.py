@@ -112,7 +112,24 @@ class Names:
             found = {name for one in patterns for name in store.names(one, after=after, limit=limit)}
             return sorted(found)[:limit]
 
-        return await self._asked(listed)
+        return await self._asked(listed, brief=False)
+
+    async def _put_by(self, chosen: Choice) -> Choice:
+        """The choice of an experiment with the entry of the log that put its version.
+
+        Raises:
+            NotStoredError: the version was removed meanwhile.
+        """
+        if chosen.version is None:
+            return chosen
+        try:
+            found = await self._find(reference(chosen.version), plain=False)
+        except StoreError:
+            # what an experiment says does not depend on the store
+            return chosen
+        if found is None:
+            raise NotStoredError(f"no model {chosen.experiment!r}: what it answers with was removed")
+        return replace(chosen, entry=found[1])
 
     def _by_experiment(self, model: str, may: Callable[[str], bool], user: str | None) -> Choice | None:
         one = None if self._experiments is None else self._experiments.get(model)
@@ -175,17 +192,18 @@ class Names:
         near = await self._asked(lambda: store.names(after=name[:-2], limit=_NEAR))
         return did_you_mean(name, [one for one in near if may(one)])
 
-    async def _asked(self, action: Callable[[], T]) -> T:
-        """What `action` gets from the store, if that answers.
+    async def _asked(self, action: Callable[[], T], *, brief: bool = True) -> T:
+        """What `action` gets from the store, if that answers; only `brief` ones tell whether it does.
 
         Raises:
             StoreError: it does not; for a moment it is then not asked again, so that requests need not wait for it.
         """
         if time.monotonic() < self._away_until:
             raise StoreError(_AWAY)
-        loop = asyncio.get_running_loop()
         try:
-            return await asyncio.wait_for(loop.run_in_executor(self._threads, action), _PATIENCE)
+            async with asyncio.timeout(_PATIENCE):
+                return await asyncio.get_running_loop().run_in_executor(self._threads, action)
         except (StoreError, TimeoutError) as error:
-            self._away_until = time.monotonic() + _PAUSE
+            if brief:
+                self._away_until = time.monotonic() + _PAUSE
             raise StoreError(_AWAY) from error

@@ -179,6 +179,9 @@ def test_a_shadow_is_compared_and_never_seen(experiments, engine, trial):
     assert (report["old"].requests, report["new"].requests) == (20, shadowed)
     assert (report["old"].users, report["new"].users) == (20, 0)
     assert report["new"].agreement == 0.5
+    # nobody got what a shadow said, so that nothing can be said of it
+    query = "SELECT count(*) FROM exposures WHERE arm = 'new' AND response IS NOT NULL"
+    assert experiments._ledger.read(lambda db: db.execute(query).fetchone()) == (0,)
     assert report["old"].agreement is None
     assert report["new"].difference is None
 

@@ -21,6 +21,8 @@ _COLUMNS = (
 )
 _WILD = "*?["
 _LARGEST = 1.7e308
+#: names looked at in a search for those that match a pattern, in one query and in all
+_SCAN, _SCANNED = 1000, 200_000
 
 
 @dataclass(frozen=True)
@@ -115,17 +117,21 @@ def page(
 
 
 def names(view: Snapshot, pattern: str, after: str, size: int) -> list[str]:
-    """Up to `size` names that match the pattern and have a version, in order, behind `after`."""
-    wanted, found = Filter(name=pattern), list[str]()
+    """Up to `size` names that match the pattern and have a version, in order, behind `after`.
+
+    Only the next 200,000 names that begin like the pattern are looked at, so that `*x` does not read millions.
+    """
+    wanted, found, seen = Filter(name=pattern), list[str](), 0
     query = (
         "SELECT n.name FROM names n WHERE {} AND n.name > ? "
         "AND EXISTS (SELECT 1 FROM versions v WHERE v.name = n.id) ORDER BY n.name LIMIT ?"
     )
-    while len(found) < size:
+    while len(found) < size and seen < _SCANNED:
         where, values = wanted.where(after)
-        page = [name for (name,) in view.rows(query.format(where), *values, after, size)]
+        page = [name for (name,) in view.rows(query.format(where), *values, after, max(size, _SCAN))]
         found += [name for name in page if wanted.matches(name)]
-        if len(page) < size:
+        seen += len(page)
+        if len(page) < max(size, _SCAN):
             break
         after = page[-1]
     return found[:size]
