@@ -30,6 +30,8 @@ log = logging.getLogger("modicum.serve")
 Outcome = Literal["ok", "error", "cancelled", "refused", "timeout"]
 #: tenants and kinds of errors that are counted one by one; keys are made by the operator, so these are far away
 _MOST_TENANTS, _MOST_KINDS = 10_000, 50
+#: generated tokens that are counted together, and seconds after which they are in any case
+_SOME, _SOON = 16, 0.25
 #: ticks between two looks at what the machine has cost
 _COST_EVERY = 10
 
@@ -89,7 +91,9 @@ class RequestMeter:
         self._first: float | None = None
         self._last: dict[int, float] = {}
         self._load: tuple[float, float] | None = None
-        self._generated = 0
+        self._generated = self._untold = 0
+        self._gaps: list[float] = []
+        self._told = 0.0
         self._open = True
 
     def about(self, **known: Any) -> None:
@@ -105,12 +109,20 @@ class RequestMeter:
     def tokens(self, count: int = 1, sequence: int = 0) -> None:
         """So many tokens more of one of the request's answers."""
         now = time.perf_counter()
-        self.first_token()
         before = self._last.get(sequence)
         self._last[sequence] = now
-        self._generated += count
-        gap = None if before is None else (now - before) / count
-        self._metrics._tokens(self._tenant, count, gap)  # noqa: SLF001
+        if before is not None:
+            self._gaps += [(now - before) / count] * count
+        self._untold += count
+        # there are thousands in a second, so what is done for each adds up
+        if self._untold >= _SOME or self._first is None or now - self._told > _SOON:
+            self.first_token()
+            self._tell(now)
+
+    def _tell(self, now: float) -> None:
+        self._metrics._tokens(self._tenant, self._untold, self._gaps)  # noqa: SLF001
+        self._generated += self._untold
+        self._told, self._untold, self._gaps = now, 0, []
 
     def loaded(self, seconds: float) -> None:
         """Its adapter had to be loaded, which took so long and is done."""
@@ -133,6 +145,8 @@ class RequestMeter:
         if not self._open:
             return
         self._open = False
+        if self._untold:
+            self._tell(self._told)
         generated = self._generated if generated_tokens is None else generated_tokens
         seen = Observed(
             tenant=self._tenant,
@@ -319,11 +333,10 @@ class Metrics(Observer):
         with self._lock:
             self._work.first_token.add(seconds)
 
-    def _tokens(self, tenant: str, count: int, gap: float | None) -> None:
+    def _tokens(self, tenant: str, count: int, gaps: list[float]) -> None:
         with self._lock:
             self._work.generated_tokens += count
-            if gap is not None:
-                self._work.per_token.add(gap, count)
+            self._work.per_token.extend(gaps)
             usage = self._of(tenant)
             usage.generated_tokens += count
             usage.cost += self.tariff.of_tokens(generated=count)

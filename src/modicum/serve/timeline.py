@@ -27,11 +27,17 @@ class Spread:
         self.count = 0
         self.sum = 0.0
 
-    def add(self, seconds: float, times: int = 1) -> None:
-        """Returns when a duration that was seen so many times is counted."""
-        self._cells[math.floor(_CELLS * math.log10(max(seconds, _LEAST)))] += times
-        self.count += times
-        self.sum += seconds * times
+    def add(self, seconds: float) -> None:
+        """Returns when a duration is counted."""
+        self.extend((seconds,))
+
+    def extend(self, all_seconds: Sequence[float]) -> None:
+        """Returns when all these durations are counted."""
+        log, floor, cells = math.log10, math.floor, self._cells
+        for seconds in all_seconds:
+            cells[floor(_CELLS * log(max(seconds, _LEAST)))] += 1
+        self.count += len(all_seconds)
+        self.sum += math.fsum(all_seconds)
 
     def merge(self, other: Spread) -> None:
         """Returns when everything in `other` is counted here too."""
