@@ -125,7 +125,7 @@ def ours(folder: Path, given: argparse.Namespace) -> dict:
         "disk_bytes_allowed_per_record": round(limit / found.versions, 1),
     }
     names = users(folder)
-    drawn = rng.choice(names, given.reads, replace=False).tolist()
+    drawn = rng.choice(names, min(given.reads, len(names)), replace=False).tolist()
     result["reader"] = reader(folder, drawn[:1000])
     result |= reading(folder, drawn, rng, names)
     with Store(folder) as store:
@@ -295,7 +295,7 @@ def baseline(
     kept_in: Callable[[str], Path],
 ) -> dict:
     """What reading takes; `kept_in`: the folder that an adapter is read from."""
-    drawn = np.random.default_rng(1).choice(names, min(given.reads, 2000), replace=False).tolist()
+    drawn = np.random.default_rng(1).choice(names, min(given.reads, 2000, len(names)), replace=False).tolist()
     os.sync()
     cold = []
     for name in drawn:
