@@ -12,7 +12,9 @@ import pytest
 from tests.serve.experiments.speaking import arms_of, ask, flushed
 
 from modicum.errors import ConfigError, ConflictError, NotStoredError
+from modicum.serve.engine.interface import Request, Sampling
 from modicum.serve.experiments import Experiments
+from modicum.serve.names import Choice
 
 
 def asked(experiments, engine, *users, name="trial", **about):
@@ -112,6 +114,31 @@ def test_a_client_that_hangs_up_before_the_first_token_is_told_apart(experiments
     asyncio.run(hang_up())
     flushed(experiments)
     assert sum(arm.cancelled for arm in experiments.report("trial").arms) == 1
+
+
+def test_what_runs_when_its_experiment_is_deleted_goes_on(experiments, engine, trial):
+    trial()
+
+    async def come():
+        tokens = []
+        one, request = experiments.get("trial"), Request((1,), Sampling(3), "ada@1")
+        choice = Choice("ada@1", "ada", "trial", "old")
+        async for step in experiments.generate(
+            engine, request, choice, tenant="team", user="u", response="r"
+        ):
+            if not tokens:
+                await asyncio.to_thread(experiments.stop, "trial", "chief")
+                await asyncio.to_thread(experiments.delete, "trial", "chief")
+            tokens.append(step.token)
+        return one, tokens
+
+    one, tokens = asyncio.run(come())
+    assert tokens == [1, 2, 3]
+    flushed(experiments)
+    query = "SELECT count(*) FROM exposures"
+    assert experiments._ledger.read(lambda db: db.execute(query).fetchone()) == (0,)
+    # one of the same name is another one
+    assert trial().id > one.id
 
 
 def test_a_user_counts_once_with_the_mean_of_what_was_said(experiments, engine, trial, clock):
@@ -251,7 +278,9 @@ def test_a_purged_user_is_gone_and_the_outcome_is_nobody_s(experiments, engine, 
 _KILLED = """
 import asyncio, sys
 from pathlib import Path
+from modicum.serve.engine.interface import Request, Sampling
 from modicum.serve.experiments import Experiments
+from modicum.serve.names import Choice
 from modicum.store import Store
 from tests.serve.experiments.speaking import Speaking, ask
 

@@ -69,6 +69,20 @@ def test_the_same_against_the_same_goes_on_until_there_are_enough(experiments, e
     assert (one.state, one.winner, one.reason) == ("stopped", None, "undecided after 600 users")
 
 
+def test_what_ends_is_told_to_the_last_user(experiments, engine, clock, trial):
+    trial(max_users=5000)
+    simulate(experiments, engine, clock, 301, {"old": 0.5, "new": 0.5}, seed=4, look=50)
+    clock.now += 11
+    experiments.check()
+    # three more are not worth a look while it runs
+    simulate(experiments, engine, clock, 304, {"old": 0.5, "new": 0.5}, seed=4, look=1000)
+    clock.now += 11
+    experiments.check()
+    assert experiments.report("trial").rated_users == 301
+    experiments.stop("trial", "chief")
+    assert experiments.report("trial").rated_users == 304
+
+
 def test_of_three_arms_each_has_less_of_the_chance_to_err(experiments, engine, clock, trial):
     arms = [{"label": label, "version": f"ada@{n}"} for n, label in ((1, "old"), (2, "mid"), (3, "new"))]
     trial(arms=arms)
