@@ -140,7 +140,7 @@ def test_a_step_that_fails_ends_what_ran_and_the_engine_goes_on(error):
 def test_an_engine_that_only_fails_is_given_up():
     async def main():
         model = copy.deepcopy(base("small"))
-        hook = model.register_forward_pre_hook(lambda *_: 1 / 0)
+        hook = model.model.register_forward_pre_hook(lambda *_: 1 / 0)
         async with serving(mixed(), model=model) as engine:
             for _ in range(3):
                 await _until(lambda: engine.alive)

@@ -121,6 +121,8 @@ class Batching:
         for hook in self._hooks:
             hook.remove()
         self._model.set_attn_implementation(self._attention)
+        if self._slots is not None:
+            self._slots.end_step()
         self._table.end_step()
 
     def cache_used(self) -> float:

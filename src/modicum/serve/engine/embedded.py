@@ -9,6 +9,7 @@ versions than can run soon, and a load only ever delays the one that needs it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import functools
 import itertools
@@ -150,24 +151,26 @@ class EmbeddedEngine(Engine):
 
     def _look_after(self) -> None:
         """Begins anew when an error has ended the generation thread, until that happens without any progress."""
-        deaths, steps = 0, -1
+        deaths, tokens = 0, -1
         while not self._closing.wait(_LOOK):
-            if self._batching is None or self._batching.alive:
+            batching = self._batching
+            if batching is not None and batching.alive:
                 continue
-            deaths = deaths + 1 if self._counts.steps == steps else 1
-            steps = self._counts.steps
-            self._batching.stop()
-            # none of them is in the thread that comes next
+            deaths = deaths + 1 if self._counts.generated_tokens == tokens else 1
+            tokens = self._counts.generated_tokens
+            self._batching = None
+            if batching is not None:
+                batching.stop()
             for row in self._table.all():
-                if row.lease is not None or row.started:
+                # those that still wait go to the thread that comes next
+                if row.joined:
                     self._table.fail(row, GenerationError("the engine failed, and begins anew"))
             if deaths >= _DEATHS:
                 self._dead = True
                 return
-            try:
+            # without memory, say, which may come back until the next look
+            with contextlib.suppress(Exception):
                 self._batching = self._begin()
-            except Exception:  # noqa: BLE001 - e.g. no memory, which may come back
-                self._batching = None
 
     async def close(self, grace: float = 0.0) -> None:
         """Returns when nothing runs any more: what has not ended after `grace` seconds fails."""
@@ -232,18 +235,21 @@ class EmbeddedEngine(Engine):
 
     async def _join(self, row: Running) -> None:
         if row.request.version is not None:
-            row.lease = await self._lease(row.request.version)
+            row.lease = await self._lease(row, row.request.version)
+        # before it is so: whoever ends the thread looks for it
+        row.joined = True
         batching = self._batching
-        if row.over or batching is None or not batching.add(row):
-            raise GenerationError("the engine was stopped" if self._closing.is_set() else "the engine failed")
+        if batching is None or row.over or not batching.add(row):
+            raise self._stopped()
 
-    async def _lease(self, version: str) -> Any:
-        if self._slots is None:
-            raise AdapterUnavailableError(f"{version}: adapters are not served here, only the base model")
-        while True:
+    def _stopped(self) -> GenerationError:
+        return GenerationError("the engine was stopped" if self._closing.is_set() else "the engine failed")
+
+    async def _lease(self, row: Running, version: str) -> Any:
+        while (slots := self._slots) is not None and not row.over:
             self._asking += 1
             try:
-                return await self._in_thread(self._slots.acquire, version)
+                return await self._in_thread(slots.acquire, version)
             except OverloadedError:
                 # a slot comes back with the next sequence that ends, if another one has any, or is about to
                 if self._asking == 1 and not self._table.leases():
@@ -251,12 +257,15 @@ class EmbeddedEngine(Engine):
             finally:
                 self._asking -= 1
             await asyncio.sleep(_RETRY)
+        if row.over:
+            raise self._stopped()
+        raise AdapterUnavailableError(f"{version}: adapters are not served here, only the base model")
 
     async def _in_thread(self, acquire: Callable[[str], Any], version: str) -> Any:
         """The lease, which goes back if nobody waits for it any more."""
         # in this task's context, so that an observer can tell whose load it was
-        run = contextvars.copy_context().run
-        future = asyncio.get_running_loop().run_in_executor(self._loaders, run, acquire, version)
+        call = functools.partial(contextvars.copy_context().run, acquire, version)
+        future = asyncio.get_running_loop().run_in_executor(self._loaders, call)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:

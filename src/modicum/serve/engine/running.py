@@ -22,7 +22,8 @@ class Running:
     """One request, from its admission to its last token."""
 
     __slots__ = (
-        "arrived", "cached", "generator", "id", "lease", "loop", "over", "realm", "request", "started", "told",
+        "arrived", "cached", "generator", "id", "joined", "lease", "loop", "over", "realm", "request", "started",
+        "told",
     )  # fmt: skip
 
     def __init__(self, number: int, request: Request, loop: asyncio.AbstractEventLoop) -> None:
@@ -37,6 +38,8 @@ class Running:
         self.realm = realm(request.version, request.salt)
         #: the adapter's place in the pool; None: the base model alone
         self.lease: Any = None
+        #: it was given to the generation thread
+        self.joined = False
         #: it was in a step
         self.started = False
         #: finished, failed or cancelled: nothing more is told
