@@ -4,7 +4,7 @@ Two processes with the same model and store take turns: one has the engine alone
 the load generator from a third. Every request streams its answer and names one of 64 LoRA-XS adapters. Then the server
 is asked at random moments, at shares of what it managed.
 
-    python benchmarks/serving/server.py [--model embedded llama] [--clients 1 8 32] [--rounds 5] [--small]
+    python benchmarks/serving/server.py [--model embedded llama] [--clients 1 8 32] [--rounds 4] [--small]
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=("embedded", "llama"), default=["embedded", "llama"])
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--each", type=int, default=2, help="requests of each client in a round")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=20.0, help="of requests at random moments")
     parser.add_argument("--small", action="store_true", help="a small random model, nothing written")
     parser.add_argument("--directly", nargs=2, metavar=("MODEL", "STORE"), help=argparse.SUPPRESS)

@@ -26,7 +26,7 @@ def open_engine(
     from modicum.serve.ray.engine import RayEngine
 
     tokenizer = load_tokenizer(settings.model)
-    return RayEngine(settings, None if store is None else store.location, observer=observer), tokenizer
+    return RayEngine(settings, store, observer=observer), tokenizer
 
 
 def open_local(

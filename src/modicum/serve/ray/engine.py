@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from modicum.errors import ConfigError, MissingExtraError, ModicumError
 from modicum.serve.engine.interface import (
+    AdapterUnavailableError,
     Engine,
     EngineStats,
     GenerationError,
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
 
     from modicum.serve.ray.replica import Report
     from modicum.serve.settings import EngineSettings
+    from modicum.serve.source import Source
+    from modicum.store import Store
+
+#: versions that are remembered
+_MOST_KNOWN = 100_000
 
 
 class RayEngine(Engine):
@@ -39,13 +45,13 @@ class RayEngine(Engine):
     def __init__(
         self,
         settings: EngineSettings,
-        store: str | None,
+        store: Store | Source | None,
         *,
         observer: Observer | None = None,
         name: str = "modicum",
         cpus: float = 1.0,
     ) -> None:
-        """`store`: folder or address that every machine reaches; `cpus`: what each replica asks the cluster for.
+        """`store`: one that every machine finds at the same place; `cpus`: what each replica asks the cluster for.
 
         Raises:
             MissingExtraError: Ray is not installed.
@@ -60,16 +66,18 @@ class RayEngine(Engine):
         self._settings, self._store, self._name, self._cpus = settings, store, name, cpus
         self._observer = observer or Observer()
         self._handle: Any = None
+        # Ray refuses to wait in a thread that has an event loop, and its processes end with the thread that began them
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="modicum-ray")
         self._began = False
         self._asked = self._prompt = self._generated = 0
         self._closing = False
+        #: versions that the store was asked for here, so that it is known which entry of its log they are
+        self._known: set[str] = set()
         self._reports: dict[str, tuple[float, Report]] = {}
 
     def start(self) -> None:
         """Starts the replicas and returns when all of them take requests; a cluster is started if there is none."""
-        # Ray refuses to wait in a thread that has an event loop
-        with ThreadPoolExecutor(1) as thread:
-            thread.submit(self._begin).result()
+        self._thread.submit(self._begin).result()
 
     def _begin(self) -> None:
         import ray
@@ -92,7 +100,8 @@ class RayEngine(Engine):
             graceful_shutdown_timeout_s=5.0,
         )
         alone = dataclasses.replace(settings, replicas=1)
-        self._handle = serve.run(deployment.bind(alone, self._store), name=self._name, route_prefix=None)
+        address = None if self._store is None else self._store.location
+        self._handle = serve.run(deployment.bind(alone, address), name=self._name, route_prefix=None)
         self.max_length = self._handle.about.remote().result()
 
     async def close(self, grace: float = 0.0) -> None:
@@ -103,7 +112,8 @@ class RayEngine(Engine):
             await asyncio.sleep(0.02)
         if self._handle is not None:
             self._handle = None
-            await asyncio.to_thread(self._end)
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._end)
+        self._thread.shutdown()
 
     def _end(self) -> None:
         import ray
@@ -126,6 +136,7 @@ class RayEngine(Engine):
         most = self._settings.replicas * (self._settings.max_batch + self._settings.max_queue)
         if self._asked >= most:
             raise OverloadedError(f"{self._asked} requests run or wait already; try again later")
+        await self._look_up(request.version)
         self._asked += 1
         stream = self._at(request.version).options(stream=True).generate.remote(request)
         finished = False
@@ -159,6 +170,7 @@ class RayEngine(Engine):
 
     async def unload(self, version: str) -> bool:
         """Whether it was in the memory of the replica that its requests go to, and is no longer."""
+        self._known.discard(version)
         return await self._at(version).unload.remote(version)
 
     def residents(self) -> list[Resident]:
@@ -186,6 +198,20 @@ class RayEngine(Engine):
                 }
             ),
         )
+
+    async def _look_up(self, version: str | None) -> None:
+        """Returns if the store has a version that is asked for here for the first time."""
+        if version is None or version in self._known:
+            return
+        if self._store is None:
+            raise AdapterUnavailableError(f"{version}: adapters are not served here, only the base model")
+        try:
+            await asyncio.to_thread(self._store.get, version)
+        except ModicumError as error:
+            raise AdapterUnavailableError(f"{version} cannot be served: {error}") from error
+        if len(self._known) >= _MOST_KNOWN:
+            self._known.clear()
+        self._known.add(version)
 
     def _at(self, version: str | None) -> Any:
         if self._handle is None:

@@ -4,6 +4,7 @@
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 #: adapters that Ray remembers a replica for; the engine's own pool decides what is in memory
 MOST_KNOWN = 100_000
+#: versions whose entries are remembered, for each slot
+_REMEMBERED = 16
 #: seconds between two reports
 _REPORT = 1.0
 
@@ -28,10 +31,12 @@ class Replica:
 
     def __init__(self, settings: EngineSettings, store: str | None) -> None:
         from modicum.serve.engines import open_local
+        from modicum.serve.source import Source
         from modicum.store import Store
 
         self._store = None if store is None else Store(store)
-        self._engine, _ = open_local(settings, self._store)
+        self._source = None if self._store is None else Source(self._store, _REMEMBERED * settings.slots)
+        self._engine, _ = open_local(settings, self._source)
         self._engine.start()
         self._told = 0.0
 
@@ -47,6 +52,7 @@ class Replica:
     async def generate(self, request: Request) -> AsyncIterator[list[Step] | Report]:
         """The steps, some at a time, the first one at once; now and then a report."""
         if request.version is not None:
+            await self._refresh(request.version)
             await self.known(request.version)
         async for steps in together(self._engine.generate(request)):
             yield steps
@@ -76,6 +82,14 @@ class Replica:
         await self._engine.close()
         if self._store is not None:
             self._store.close()
+
+    async def _refresh(self, version: str) -> None:
+        """Returns when nothing in memory here answers for a version that was purged and put anew."""
+        if self._store is None or self._source is None:
+            return
+        found = await asyncio.to_thread(self._store.find_put, version)
+        if found is None or self._source.outdated(version, found[1]):
+            await self._engine.unload(version)
 
     def _report(self) -> Report | None:
         now = time.monotonic()
