@@ -56,7 +56,7 @@ class Shelves:
         for block, free in blocks:
             if free:
                 return _row(block, free.pop())
-        size = torch.empty(0, dtype=self._dtype).element_size() * max(width, 1)
+        size = self._dtype.itemsize * max(width, 1)
         count = max(1, min(self._slots, _BLOCK // size))
         block = torch.empty(count, width, dtype=self._dtype, device=self._device)
         blocks.append((block, list(range(count - 1, 0, -1))))

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, cast, final
 
 import torch
 
+from modicum.errors import ConfigError
+from modicum.quant.base import format_of
 from modicum.serve.engine import native
 from modicum.serve.engine.families import Packing
 from modicum.serve.engine.interface import (
@@ -92,17 +94,17 @@ class Slots:
         """`read("ada@3")` gives a record, from any thread.
 
         Raises:
-            ConfigError: the model carries adapters already.
+            ConfigError: the model carries adapters already, or has no linear layers.
         """
-        first = next(p for p in model.parameters() if p.is_floating_point())
+        dtype, device = _numbers(model)
         self._model, self._read, self._observer = model, read, observer or Observer()
-        use_native = native.takes(first.dtype, first.device)
+        use_native = native.takes(dtype, device)
         # the kernel multiplies two neighbours of 16 bits at once
-        packing = Packing(4 // first.element_size() if use_native else 1)
-        self._directions = Directions(first.dtype, packing)
+        packing = Packing(4 // dtype.itemsize if use_native else 1)
+        self._directions = Directions(dtype, packing)
         self._loader = Loader(model, self._directions, max_rank)
-        self._shelves = Shelves(slots, first.dtype, first.device)
-        self._batch = Batch(self._directions, self._loader.shapes, first.dtype, use_native=use_native)
+        self._shelves = Shelves(slots, dtype, device)
+        self._batch = Batch(self._directions, self._loader.shapes, dtype, use_native=use_native)
         self._served: dict[str, ServedLinear] = {}
         self._lock = threading.Lock()
         self._prefetching: ThreadPoolExecutor | None = None
@@ -339,6 +341,18 @@ def _parts(held: Sequence[_Held | None], lengths: Sequence[int]) -> list[Part]:
             runs.setdefault(one, []).append((start, length))
         start += length
     return [Part(cast("Family", one.family), cast("Row", one.row), found) for one, found in runs.items()]
+
+
+def _numbers(model: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """The number type that the model computes in, and where."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            return parameter.dtype, parameter.device
+    for module in model.modules():
+        fmt = format_of(module)
+        if fmt is not None:
+            return fmt.dtype(module), fmt.device(module)
+    raise ConfigError(f"a {type(model).__name__} without linear layers cannot carry adapters")
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
