@@ -38,12 +38,11 @@ if TYPE_CHECKING:
 
     from modicum.fleet.base import FleetBase
 
-RESULT = Path(__file__).parent / "results" / "throughput.json"
+RESULT = Path(__file__).parent / "results" / "fleet_throughput.json"
 RANK = 16
 USERS = 64
-#: rows of each user in a step
-CASES = (1, 8)
-TOKENS = 16
+#: rows of each user in a step, and tokens of a row: the shorter, the more a step of its own wastes
+CASES = ((1, 8), (8, 8), (1, 16))
 RATE, CLIP = 1e-3, 1.0
 #: seconds of a step that is not taken 64 times in every turn: all are alike, so some of them stand for all
 LONG = 0.125
@@ -73,9 +72,9 @@ def models(small: bool) -> dict[str, Callable[[], Any]]:
     }
 
 
-def rows(count: int, words: int) -> Encoded:
+def rows(count: int, tokens: int, words: int) -> Encoded:
     generator = torch.Generator().manual_seed(count)
-    ids = torch.randint(5, words, (count, TOKENS), generator=generator).tolist()
+    ids = torch.randint(5, words, (count, tokens), generator=generator).tolist()
     return Encoded([EncodedRow(row) for row in ids])
 
 
@@ -128,10 +127,10 @@ def base_for(model: Any) -> FleetBase:
     return fleet_base(model, load_tokenizer("embedded"), make_fleet(values))
 
 
-def speed(make: Callable[[], Any], share: int, repeats: int) -> dict[str, Any]:
+def speed(make: Callable[[], Any], share: int, tokens: int, repeats: int) -> dict[str, Any]:
     """Seconds of a step of all users: in a cohort, one user after the other, and of one adapter on all rows."""
     alone = Alone(make())
-    data = rows(USERS * share, alone.model.config.vocab_size)
+    data = rows(USERS * share, tokens, alone.model.config.vocab_size)
     together = Together(base_for(make()), data, share)
     alone.step(data, 0, share)
     once = timed(lambda: alone.step(data, 0, share))
@@ -163,10 +162,10 @@ def speed(make: Callable[[], Any], share: int, repeats: int) -> dict[str, Any]:
     }
 
 
-def memory(make: Callable[[], Any], share: int) -> dict[str, Any]:
+def memory(make: Callable[[], Any], share: int, tokens: int) -> dict[str, Any]:
     """The most bytes that tensors hold in two steps, beside the base model: of a cohort, and of one adapter."""
     alone = Alone(make())
-    data = rows(USERS * share, alone.model.config.vocab_size)
+    data = rows(USERS * share, tokens, alone.model.config.vocab_size)
     own = sum(p.numel() for p in alone.trained)
     with Peak(torch.device("cpu")) as one:
         for _ in range(2):
@@ -220,7 +219,6 @@ def main() -> None:
         "command": f"python benchmarks/fleet/throughput.py --threads {arguments.threads} --repeats {arguments.repeats}",
         "versions": {name: version(name) for name in ("modicum", "torch", "peft", "transformers")},
         "threads": arguments.threads,
-        "tokens_per_row": TOKENS,
     }
     values = {**about, "cases": found, "table": table(found, arguments.threads)}
     RESULT.parent.mkdir(exist_ok=True)
@@ -247,7 +245,7 @@ def table(found: dict[str, Any], threads: int) -> dict[str, Any]:
             "bytes per number and user",
         ],
         "rows": lines,
-        "note": f"LoRA-XS, rank {RANK}, all linear layers, float32, {USERS} users, rows of {TOKENS} tokens. Bytes are "
+        "note": f"LoRA-XS, rank {RANK}, all linear layers, float32, {USERS} users. Bytes are "
         "those beyond one adapter on the same rows, at the peak of a step. "
         f"{threads} threads; all variants in turn, medians.",
     }
