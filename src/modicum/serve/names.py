@@ -114,23 +114,6 @@ class Names:
 
         return await self._asked(listed, brief=False)
 
-    async def _put_by(self, chosen: Choice) -> Choice:
-        """The choice of an experiment with the entry of the log that put its version.
-
-        Raises:
-            NotStoredError: the version was removed meanwhile.
-        """
-        if chosen.version is None:
-            return chosen
-        try:
-            found = await self._find(reference(chosen.version), plain=False)
-        except StoreError:
-            # what an experiment says does not depend on the store
-            return chosen
-        if found is None:
-            raise NotStoredError(f"no model {chosen.experiment!r}: what it answers with was removed")
-        return replace(chosen, entry=found[1])
-
     def _by_experiment(self, model: str, may: Callable[[str], bool], user: str | None) -> Choice | None:
         one = None if self._experiments is None else self._experiments.get(model)
         if one is None or self._experiments is None or not self._allowed(one, may):

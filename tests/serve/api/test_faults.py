@@ -148,6 +148,22 @@ def test_adapters_that_are_removed(start, store, offline):
         assert _text(client, "ada") == offline.text(adapter(7), PROMPT, 6, ignore_eos=True)
 
 
+def test_an_experiment_does_not_answer_with_what_was_removed(start, store, offline):
+    served = start()
+    experiments = served.service.experiments
+    arms = [{"label": name, "version": f"{name}@1", "weight": 1} for name in ("ada", "bob")]
+    experiments.create({"name": "a-b", "arms": arms}, "test")
+    experiments.start("a-b", "test")
+    with served.client() as client, Store(store) as opened:
+        first = offline.text(adapter(0), PROMPT, 6, ignore_eos=True)
+        assert _text(client, "a-b") == first, "without a user it is the control"
+        opened.purge("ada")
+        with pytest.raises(openai.NotFoundError, match="no longer in the store"):
+            _ask(client, "a-b")
+        opened.put("ada", adapter(8))
+        assert _text(client, "a-b") == offline.text(adapter(8), PROMPT, 6, ignore_eos=True) != first
+
+
 def test_a_store_that_is_locked_or_gone(start, store, offline):
     served = start()
     ada = offline.text(adapter(0), PROMPT, 6, ignore_eos=True)
