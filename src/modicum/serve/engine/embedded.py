@@ -264,8 +264,8 @@ class EmbeddedEngine(Engine):
     async def _in_thread(self, acquire: Callable[[str], Any], version: str) -> Any:
         """The lease, which goes back if nobody waits for it any more."""
         # in this task's context, so that an observer can tell whose load it was
-        call = functools.partial(contextvars.copy_context().run, acquire, version)
-        future = asyncio.get_running_loop().run_in_executor(self._loaders, call)
+        context, loop = contextvars.copy_context(), asyncio.get_running_loop()
+        future = loop.run_in_executor(self._loaders, lambda: context.run(acquire, version))
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
