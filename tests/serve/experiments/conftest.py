@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from tests.serve.experiments.speaking import Clock, Speaking
 from tests.store.small_records import record
 
-from modicum.serve.experiments import Experiments
+from modicum.serve.experiments import Experiments, tables
 from modicum.store import Store
+
+
+@pytest.fixture(autouse=True)
+def _same_salt(monkeypatch):
+    """The same users get the same arms every time: what holds with chance 0.95 holds or does not."""
+    monkeypatch.setattr(tables, "token_bytes", random.Random(7).randbytes)
 
 
 @pytest.fixture

@@ -227,6 +227,7 @@ def test_feedback_that_comes_too_late_or_is_none_of_its_kind(experiments, engine
         ({"response_id": "r", "thumbs": "up", "score": 1}, "give one of"),
         ({"response_id": "r", "user": "u", "experiment": "e", "thumbs": "up"}, "either response_id, or"),
         ({"user": "u", "thumbs": "up"}, "either response_id, or"),
+        ({"response_id": "\ud800", "thumbs": "up"}, "response_id must be text"),
         ({"response_id": 1, "thumbs": "up", "x": 2}, "unknown field 'x'; response_id must be text"),
     ],
 )

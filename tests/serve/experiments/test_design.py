@@ -61,6 +61,8 @@ def test_all_that_is_wrong_is_told_at_once():
         ({"low": 1, "high": 1}, "low must be below high"),
         ({"latency_factor": 0.5}, "latency_factor = 0.5, must be at least 1"),
         ({"window": float("inf")}, "window = inf, must be a number"),
+        ({"patience": 10**400}, "patience = 10+, must be a number"),
+        ({"max_users": True}, "max_users = True, must be a whole number"),
         ({"shadow": True, "arms": [*ARMS, {"label": "x", "version": "bob@1"}]}, "two arms"),
         ({"arms": [{**arm, "weight": 0} for arm in ARMS]}, "no arm has a weight"),
     ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -19,6 +18,8 @@ KINDS = ("score", "thumbs", "outcome")
 #: what the two words of a kind of feedback are worth
 WORDS = {"thumbs": {"down": 0.0, "up": 1.0}, "outcome": {"failure": 0.0, "success": 1.0}}
 _MOST_ARMS = 16
+#: larger numbers are none that anybody means
+_LARGEST = 1e15
 
 
 @dataclass(frozen=True)
@@ -227,4 +228,4 @@ def _of_wrong_type(values: Mapping[str, Any]) -> list[str]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST

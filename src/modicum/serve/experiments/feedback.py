@@ -45,7 +45,7 @@ class Feedback:
         about = {name for name in ("response_id", "experiment", "user") if body.get(name) is not None}
         if about not in ({"response_id"}, {"experiment", "user"}):
             wrong.append("say what it is about: either response_id, or experiment and user")
-        wrong += [f"{name} must be text" for name in sorted(about) if not isinstance(body[name], str)]
+        wrong += [f"{name} must be text" for name in sorted(about) if not _is_text(body[name])]
         if wrong:
             raise ConfigError("this is no feedback: " + "; ".join(wrong))
         kind = kinds[0]
@@ -133,3 +133,8 @@ def _by_user(
     query = "SELECT max(at) FROM exposures WHERE experiment = ? AND user = ?"
     (last,) = db.execute(query, (found.id, user)).fetchone()
     return None if last is None else _Answer(found, user, row[0], last)
+
+
+def _is_text(value: Any) -> bool:
+    # JSON can write half of a character, which no file takes
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
