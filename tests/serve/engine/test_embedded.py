@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import dataclasses
 
 import pytest
+import torch
+from peft import get_peft_model
 from tests.serve.engine.offline import (
     SMALL,
     Offline,
     adapter,
     base,
+    greedy,
     mixed,
     prompt,
     request,
@@ -21,10 +25,13 @@ from tests.serve.engine.offline import (
     tokens,
 )
 
+from modicum import LoraXSConfig
 from modicum.errors import ConfigError
 from modicum.serve.engine.embedded import EmbeddedEngine, open_engine
 from modicum.serve.engine.interface import AdapterUnavailableError, Observer, OverloadedError
 from modicum.serve.settings import EngineSettings
+from modicum.store.files import install, to_record
+from modicum.store.state import config_from, state_from
 
 
 def test_answers_are_those_of_every_adapter_alone():
@@ -89,8 +96,6 @@ def test_seeded_answers_are_the_same_in_company():
 
 
 def test_log_probabilities_are_the_models_own():
-    import torch
-
     async def main():
         async with serving() as engine:
             greedily = await steps(engine, request(prompt(0, 5), logprobs=3))
@@ -253,6 +258,39 @@ def test_running_requests_keep_their_version_when_it_is_unloaded():
             assert other == offline.greedy(mixed()["a5@1"], (9, 10), 40)
 
     asyncio.run(main())
+
+
+def test_a_quantized_base_model_serves_adapters():
+    from modicum import AffineConfig
+    from modicum.quant.huggingface import AffineQuantizer, quantize_linears
+
+    def quantized():
+        model = copy.deepcopy(base("small"))
+        config = AffineConfig(bits=4, group_size=16, modules_to_not_convert=["lm_head"])
+        quantize_linears(model, config)
+        model.hf_quantizer = AffineQuantizer(config)
+        return model
+
+    async def main():
+        async with serving(records, model=quantized()) as engine:
+            asked = [request(prompt(i, 4 + 9 * i), version) for i, version in enumerate([*records, None])]
+            return asked, await asyncio.gather(*(tokens(engine, one) for one in asked))
+
+    records = {}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = get_peft_model(quantized(), LoraXSConfig(r=4, alpha=8, init_weights=False))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.3)
+        records[f"q{seed}@1"] = to_record(model, dtype="float32")[0]
+    asked, found = asyncio.run(main())
+    for one, answer in zip(asked, found, strict=True):
+        record = records.get(one.version)
+        model = quantized()
+        if record is not None:
+            model = install(model, config_from(record), state_from(record))
+        assert answer == greedy(model, one.prompt, 8)
 
 
 def test_what_it_did_is_counted_and_observed():

@@ -71,8 +71,10 @@ def open_engine(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     read = None if store is None else store.get
     ends = end_tokens(model, tokenizer)
-    engine = EmbeddedEngine(model.to(device), settings, read=read, observer=observer, eos_token_ids=ends)
-    return engine, tokenizer
+    # a quantized model of another library refuses to be moved, even to where it is
+    if model.device.type != torch.device(device).type:
+        model = model.to(device)
+    return EmbeddedEngine(model, settings, read=read, observer=observer, eos_token_ids=ends), tokenizer
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
