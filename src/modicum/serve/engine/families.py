@@ -36,8 +36,8 @@ LANES = 16
 class Packing(NamedTuple):
     """How matrices lie in memory: `group` neighbours along the summed dimension side by side, zeros at the ends.
 
-    Of rows (k, n), `inner`, which x (n) is multiplied with, is (n / group, k up to whole lanes, group), and `outer`, which
-    z (k) is multiplied with, (k / group, n, group). With a group of 1 they are the transposed rows, and the rows.
+    Of rows (k, n), `inner`, which x (n) is multiplied with, is (n / group, k up to whole lanes, group), and `outer`,
+    which z (k) is multiplied with, (k / group, n, group). With a group of 1 they are the transposed rows, and the rows.
     """
 
     group: int = 1
