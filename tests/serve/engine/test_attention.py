@@ -65,14 +65,16 @@ def test_scores_of_any_size_and_threads():
 
 
 @needs_library
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 8), (torch.bfloat16, 8), (torch.bfloat16, 64)])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_broken_numbers_reach_their_own_request_and_no_other(bad):
-    keys, values, query = torch.ones(20, 1, 8), torch.ones(20, 1, 8), torch.ones(1, 2, 8)
+def test_broken_numbers_reach_their_own_request_and_no_other(bad, dtype, size):
+    keys, values = (torch.ones(20, 1, size, dtype=dtype) for _ in range(2))
+    query = torch.ones(1, 2, size, dtype=dtype)
     keys[13, 0, 3] = bad
     values[14] = bad
-    out = torch.empty(2, 1, 8)
+    out = torch.empty(2, 1, size, dtype=dtype)
     paged.attend(query, keys, values, out, np.arange(20), np.array([(0, 0, 10), (1, 10, 10)], np.int64), 1.0)
-    torch.testing.assert_close(out[0], torch.ones(1, 8))
+    torch.testing.assert_close(out[0], torch.ones(1, size, dtype=dtype))
     assert not out[1].isfinite().any()
 
 

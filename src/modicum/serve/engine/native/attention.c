@@ -7,6 +7,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__AVX512F__) && defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 #define LANES 8
@@ -70,6 +73,25 @@ INLINE vector exponential(vector x) {
     return sum * (vector)((n + 127) << 23);
 }
 
+#if defined(__AVX512F__) && defined(__AVX512BF16__)
+/* The same in bfloat16 for heads of a multiple of 32: products of pairs in one instruction, q as it is. */
+INLINE void scored_pairs(
+    const job *work, const uint8_t *q, const int64_t *rows, int64_t keys, float *scores, int64_t stride) {
+    const int64_t size = work->size, each = work->heads / work->groups;
+    for (int64_t t = 0; t < keys; t++) {
+        const uint8_t *key = work->k + 2 * work->row * rows[t];
+        for (int64_t head = 0; head < work->heads; head++) {
+            const uint8_t *left = q + 2 * head * work->q_head, *right = key + 2 * (head / each) * size;
+            __m512 sum = _mm512_setzero_ps();
+            for (int64_t at = 0; at < 2 * size; at += 64)
+                sum = _mm512_dpbf16_ps(
+                    sum, (__m512bh)_mm512_loadu_si512(left + at), (__m512bh)_mm512_loadu_si512(right + at));
+            scores[head * stride + t] = _mm512_reduce_add_ps(sum) * (float)work->scale;
+        }
+    }
+}
+#endif
+
 /* scores[head][t] for all heads and keys; a head's scores are `stride` apart. */
 INLINE void scored(
     const job *work, const float *q, const int64_t *rows, int64_t keys, float *scores, int64_t stride, int kind) {
@@ -109,6 +131,21 @@ INLINE float weighed(float *scores, int64_t keys) {
     return 1.0f / sum_of(sum);
 }
 
+#if defined(__AVX512F__)
+#define WIDE 16
+#else
+#define WIDE LANES
+#endif
+typedef float wide __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
+typedef uint32_t wide_words __attribute__((vector_size(4 * WIDE)));
+typedef uint16_t wide_halves __attribute__((vector_size(2 * WIDE), aligned(2), may_alias));
+
+INLINE wide load_wide(const uint8_t *from, int kind, int64_t at) {
+    if (kind == FLOAT32) return *(const wide *)(from + 4 * at);
+    return (wide)(__builtin_convertvector(*(const wide_halves *)(from + 2 * at), wide_words) << 16);
+}
+
+/* sums[head] += the sum over t of shares[head][t] v_t; few values at a time, for all heads, while they are near. */
 INLINE void summed(
     const job *work, const float *shares, int64_t stride, const int64_t *rows, int64_t keys, float *sums, int kind) {
     const int64_t size = work->size, each = work->heads / work->groups;
@@ -119,10 +156,18 @@ INLINE void summed(
         for (int64_t t = 0; t < count; t++) value[t] = work->v + bytes * work->row * rows[first + t];
         for (int64_t head = 0; head < work->heads; head++) {
             const float *share = shares + head * stride + first;
-            for (int64_t at = 0; at < size; at += LANES) {
-                vector sum = *(const loose *)(sums + head * size + at);
-                for (int64_t t = 0; t < count; t++) sum += share[t] * load(value[t], kind, head / each * size + at);
-                *(loose *)(sums + head * size + at) = sum;
+            const int64_t from = head / each * size;
+            float *to = sums + head * size;
+            int64_t at = 0;
+            for (; at + WIDE <= size; at += WIDE) {
+                wide sum = *(const wide *)(to + at);
+                for (int64_t t = 0; t < count; t++) sum += share[t] * load_wide(value[t], kind, from + at);
+                *(wide *)(to + at) = sum;
+            }
+            for (; at < size; at += LANES) {
+                vector sum = *(const loose *)(to + at);
+                for (int64_t t = 0; t < count; t++) sum += share[t] * load(value[t], kind, from + at);
+                *(loose *)(to + at) = sum;
             }
         }
     }
@@ -139,7 +184,12 @@ INLINE void attend(const job *work, int64_t which, float *scratch, int64_t strid
             *(loose *)(q + head * size + at) = load(from, kind, at) * (float)work->scale;
     }
     memset(sums, 0, sizeof(float) * (size_t)width);
-    scored(work, q, rows, keys, scores, stride, kind);
+#if defined(__AVX512F__) && defined(__AVX512BF16__)
+    if (kind == BFLOAT16 && size % 32 == 0)
+        scored_pairs(work, work->q + bytes * token * work->q_token, rows, keys, scores, stride);
+    else
+#endif
+        scored(work, q, rows, keys, scores, stride, kind);
     for (int64_t head = 0; head < work->heads; head++) {
         const float inverse = weighed(scores + head * stride, keys);
         for (int64_t t = 0; t < keys; t++) scores[head * stride + t] *= inverse;
