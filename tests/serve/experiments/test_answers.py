@@ -93,6 +93,7 @@ def test_what_no_arm_has_done_is_not_held_against_it(experiments, engine, trial)
             await ask(experiments, engine, "trial", "u1")
 
     asyncio.run(refused())
+    flushed(experiments)
     assert all(arm.requests == 0 for arm in experiments.report("trial").arms)
 
 
