@@ -91,12 +91,12 @@ def _vllm(name: str, folder: str, dtype: str) -> Any:
 
     options: dict[str, Any] = {}
     if name != "vLLM":
+        # the head has no adapters, and vLLM would multiply by zeros there
+        linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         options = {
-            "enable_lora": True,
-            "max_loras": ADAPTERS,
-            "max_cpu_loras": ADAPTERS,
-            "max_lora_rank": RANK,
-        }
+            "enable_lora": True, "max_loras": ADAPTERS, "max_cpu_loras": ADAPTERS, "max_lora_rank": RANK,
+            "lora_target_modules": linears,
+        }  # fmt: skip
     llm = LLM(
         model=f"{folder}/model", skip_tokenizer_init=True, dtype=dtype, max_model_len=512, max_num_seqs=64,
         max_num_batched_tokens=512, block_size=32, num_gpu_blocks_override=1100, enable_prefix_caching=True,

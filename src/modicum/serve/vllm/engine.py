@@ -17,6 +17,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from modicum.errors import ConfigError, MissingExtraError
+from modicum.models.checkpoint import target_shapes
 from modicum.serve.engine.interface import (
     Engine,
     EngineStats,
@@ -144,6 +145,10 @@ class VllmEngine(Engine):
                 "max_loras": min(settings.max_batch, settings.slots),
                 "max_cpu_loras": settings.slots,
                 "max_lora_rank": next(rank for rank in _RANKS if rank >= settings.max_rank),
+                # the head and the embedding have no adapters here, and vLLM would multiply by zeros
+                "lora_target_modules": sorted(
+                    {name.rpartition(".")[2] for name in target_shapes(self._folder)}
+                ),
             }
         return found
 
