@@ -137,7 +137,7 @@ class Training:
                 self._patience[slot] = 0
             else:
                 self._patience[slot] += 1
-        patience, left = self._spec.train.early_stopping_patience, []
+        patience, left, spared = self._spec.train.early_stopping_patience, [], 0
         for slot in self._active:
             mine, pace = self.learnt[slot], self._paces[slot]
             mine.stopped_early = bool(patience) and self._patience[slot] >= (patience or 0)
@@ -146,7 +146,9 @@ class Training:
                 continue
             if slot not in self._held_out:
                 mine.best_step = mine.steps
-            told(pace.steps - mine.steps)
+            spared += pace.steps - mine.steps
+        if spared:
+            told(spared)
         self._active = left
 
     def _measured(

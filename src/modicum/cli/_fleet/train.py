@@ -39,6 +39,8 @@ def train(
 
         def tell(now: Progress) -> None:
             nonlocal seen
+            if now.steps == seen:
+                return
             # how many steps there are is known with the first call
             bar[:] = bar or [stack.enter_context(progress("steps of users", now.of_steps))]
             rate = f"{now.adapters_per_hour:,.0f} adapters/h, {_clock(now.seconds_left)} left"
