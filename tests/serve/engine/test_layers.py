@@ -102,21 +102,26 @@ def test_rows_are_what_they_are_alone(case, shape):
         start += length
 
 
+@pytest.fixture(scope="session")
+def plain_compiler(tmp_path_factory):
+    """A compiler that knows nothing of this processor."""
+    try:
+        compiler = build.find_compiler()
+    except build.NotBuiltError as error:
+        pytest.skip(str(error))
+    plain = tmp_path_factory.mktemp("compiler") / "plain"
+    plain.write_text(f'#!/bin/bash\nexec {compiler} "${{@/-march=native/-O2}}"\n')
+    plain.chmod(plain.stat().st_mode | stat.S_IEXEC)
+    return plain
+
+
 @pytest.fixture(params=["library", "library without this processor's instructions", "torch"])
-def arithmetic(request, monkeypatch, tmp_path):
+def arithmetic(request, monkeypatch, plain_compiler):
     """Each of the ways that adapters are computed in."""
     if request.param == "torch":
         monkeypatch.setenv("MODICUM_NATIVE", "0")
-    else:
-        try:
-            compiler = build.find_compiler()
-        except build.NotBuiltError as error:
-            pytest.skip(str(error))
-        if request.param != "library":
-            plain = tmp_path / "plain"
-            plain.write_text(f'#!/bin/bash\nexec {compiler} "${{@/-march=native/-O2}}"\n')
-            plain.chmod(plain.stat().st_mode | stat.S_IEXEC)
-            monkeypatch.setenv("CXX", str(plain))
+    elif request.param != "library":
+        monkeypatch.setenv("CXX", str(plain_compiler))
     native._loaded.cache_clear()
     assert native.available() == (request.param != "torch")
     yield

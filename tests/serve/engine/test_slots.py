@@ -186,6 +186,29 @@ def test_what_cannot_be_had_fails_for_all_who_wait_and_for_nobody_else(base, rea
     slots.acquire("a@2")
 
 
+def test_what_cannot_be_had_makes_nobody_leave(slots, reader):
+    for version in ("a@1", "a@2", "a@3"):
+        slots.release(slots.acquire(version))
+    for version in ("gone@1", "gone@2", "gone@1"):
+        with pytest.raises(AdapterUnavailableError):
+            slots.acquire(version)
+    reader.scale = float("nan")
+    with pytest.raises(AdapterUnavailableError, match="NaN"):
+        slots.acquire("a@4")
+    assert {one.version for one in slots.residents()} == {"a@1", "a@2", "a@3"}
+    assert (slots.stats().evictions, slots.stats().failures) == (0, 4)
+
+
+@pytest.mark.parametrize("method", ["lora_xs", "elastic_lora"])
+def test_loaded_inside_and_outside_of_inference_mode(base, method):
+    record = record_of(base, method, r=4)
+    slots = Slots(copy.deepcopy(base), lambda _: record, slots=1, max_rank=16)
+    with torch.inference_mode():
+        slots.release(slots.acquire("a@1"))
+    slots.release(slots.acquire("a@2"))
+    assert not numbers(slots, slots.acquire("a@2")).requires_grad
+
+
 def test_prefetched_versions_are_there_and_broken_ones_harm_nobody(slots, reader):
     slots.prefetch(["a@1", "gone@1", "a@2"])
     slots._prefetching.shutdown()

@@ -120,18 +120,19 @@ class Family(abc.ABC):
     def numbers(self, record: Record) -> Tensor:
         """The row (width,) of a record, float32."""
 
-    def write(self, record: Record, row: Tensor) -> None:
-        """Fills `row` (width,) with the record.
+    def row(self, record: Record, dtype: torch.dtype) -> Tensor:
+        """The row (width,) of a record.
 
         Raises:
             CorruptAdapterError: a number is not finite.
         """
-        row.copy_(self.numbers(record))
+        row = self.numbers(record).to(dtype)
         if not bool(torch.isfinite(row).all()):
             raise CorruptAdapterError(
                 f"{_broken(record)}: the training diverged or the record is damaged; train it again with a lower "
                 "learning rate, or fetch it again"
             )
+        return row
 
 
 def _broken(record: Record) -> str:
@@ -208,7 +209,6 @@ class Factors(Family):
     def factors(self, record: Record) -> Iterator[tuple[int, Tensor, Tensor, float]]:
         """(layer, B (out, r), A (r, in), scaling) of every layer, in the order of the places."""
 
-    @torch.no_grad()
     def numbers(self, record: Record) -> Tensor:
         """A and scaling · Bᵀ of every layer."""
         packed = []

@@ -139,6 +139,7 @@ class Batch:
         self, directions: Directions, shapes: Sequence[Shape], dtype: torch.dtype, *, use_native: bool
     ) -> None:
         self._directions, self._shapes, self._dtype = directions, shapes, dtype
+        self._inputs = [shape.inputs for shape in shapes]
         self._sizes = np.array([[shape.out, shape.inputs] for shape in shapes], np.int64)
         #: whether a step runs in which a token has an adapter
         self.active = False
@@ -172,7 +173,7 @@ class Batch:
     def add(self, layer: int, x: Tensor, y: Tensor) -> None:
         """Adds to y (…, out), in place, what the adapters make of x (…, in)."""
         dtype = self._dtype
-        if x.numel() != self._tokens * x.shape[-1]:
+        if x.numel() != self._tokens * self._inputs[layer]:
             raise RuntimeError(f"a step of {self._tokens} tokens, and a layer's input {tuple(x.shape)}")
         if (
             self._adapt is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
@@ -78,7 +77,7 @@ class Loader:
         head = getattr(model, "get_output_embeddings", lambda: None)()
         self._head = next((name for name, module in self._modules.items() if module is head), None)
         self._directions, self._packing, self._max_rank = directions, directions.packing, max_rank
-        self._families: OrderedDict[tuple, Family] = OrderedDict()
+        self._families: dict[tuple, Family] = {}
         self._lock = threading.Lock()
 
     def family(self, record: Record) -> Family:
@@ -90,14 +89,16 @@ class Loader:
             CorruptAdapterError: tensors are missing, unexpected or of another shape.
         """
         key = _key(record)
+        # without the lock: what is known must not wait for a basis to be computed
+        found = self._families.get(key)
+        if found is not None:
+            return found
         with self._lock:
             found = self._families.get(key)
             if found is None:
-                with torch.no_grad():
-                    found = self._families[key] = self._checked(record)
+                found = self._families[key] = self._checked(record)
                 while len(self._families) > _MOST_FAMILIES:
-                    self._families.popitem(last=False)
-            self._families.move_to_end(key)
+                    del self._families[next(iter(self._families))]
             return found
 
     @property

@@ -54,10 +54,10 @@ class Lease:
 
 @dataclass(eq=False)
 class _Held:
-    """A version in a slot."""
+    """A version in a slot, or on its way there."""
 
     version: str
-    slot: int
+    slot: int = -1
     #: leases, given out or waited for
     uses: int = 1
     pinned: bool = False
@@ -97,6 +97,7 @@ class Slots:
             ConfigError: the model carries adapters already, or has no linear layers.
         """
         dtype, device = _numbers(model)
+        self._dtype = dtype
         self._model, self._read, self._observer = model, read, observer or Observer()
         use_native = native.takes(dtype, device)
         # the kernel multiplies two neighbours of 16 bits at once
@@ -128,7 +129,8 @@ class Slots:
             held = self._by_version.get(version)
             mine = held is None
             if held is None:
-                held = self._claim(version)
+                self._room()
+                held = self._by_version[version] = _Held(version)
                 self._misses += 1
             else:
                 held.uses += 1
@@ -138,6 +140,8 @@ class Slots:
         if mine:
             self._load(held)
         held.ready.wait()
+        if isinstance(held.error, OverloadedError):
+            raise held.error
         if held.error is not None:
             raise AdapterUnavailableError(f"{version} cannot be served: {held.error}") from held.error
         return Lease(version, held.slot, self._generations[held.slot])
@@ -215,17 +219,17 @@ class Slots:
         after the other. Generation thread only.
         """
         held, stale = [], []
-        for place, lease in enumerate(leases):
-            one = None if lease is None else self._slots[lease.slot]
-            if lease is not None and (
-                one is None or one.row is None or self._generations[lease.slot] != lease.generation
-            ):
-                stale.append(place)
-                one = None
-            held.append(one)
-        lengths = list(lengths)
         with self._lock:
+            for place, lease in enumerate(leases):
+                one = None if lease is None else self._slots[lease.slot]
+                if lease is not None and (
+                    one is None or one.row is None or self._generations[lease.slot] != lease.generation
+                ):
+                    stale.append(place)
+                    one = None
+                held.append(one)
             self._running = frozenset(one for one in held if one is not None)
+        lengths = list(lengths)
         # while nothing changes, neither does what was prepared for the layers
         if (held, lengths) != self._last:
             self._batch.set(_parts(held, lengths), sum(lengths))
@@ -251,71 +255,72 @@ class Slots:
                 _replace(self._model, name, layer.base)
             self._served.clear()
 
-    def _claim(self, version: str) -> _Held:
-        """A slot for a version that is to be loaded; called with the lock."""
+    def _room(self) -> tuple[int, _Held | None]:
+        """A slot, and what has to leave it; called with the lock."""
         slot = next((i for i, one in enumerate(self._slots) if one is None), None)
-        if slot is None:
-            old = next((one for one in self._by_version.values() if self._idle(one)), None)
-            if old is None:
-                raise OverloadedError(
-                    f"all {len(self._slots)} places for adapters are pinned or in use; try again, or start the server "
-                    "with more slots"
-                )
-            del self._by_version[old.version]
-            self._free(old)
-            self._evictions += 1
-            slot = old.slot
-        held = self._by_version[version] = self._slots[slot] = _Held(version, slot)
-        self._generations[slot] += 1
-        return held
+        if slot is not None:
+            return slot, None
+        old = next((one for one in self._by_version.values() if self._idle(one)), None)
+        if old is not None:
+            return old.slot, old
+        raise OverloadedError(
+            f"all {len(self._slots)} places for adapters are pinned or in use; try again, or start the server "
+            "with more slots"
+        )
+
+    def _claim(self, held: _Held, family: Family) -> Row:
+        """A row for a version in a slot of its own; nobody else sees it yet."""
+        with self._lock:
+            slot, old = self._room()
+            if old is not None:
+                del self._by_version[old.version]
+                self._free(old)
+                self._evictions += 1
+            row = self._shelves.take(family.width)
+            held.slot, self._slots[slot] = slot, held
+            self._generations[slot] += 1
+            return row
 
     def _idle(self, held: _Held) -> bool:
-        return not held.uses and not held.pinned and held not in self._running
+        return not held.uses and not held.pinned and held.ready.is_set() and held not in self._running
 
     def _load(self, held: _Held) -> None:
         began = time.perf_counter()
         family = row = None
         try:
-            family, row = self._filled(held.version)
+            record = self._read(held.version)
+            # what the caller's thread is in must not stick to memory that others write to later
+            with torch.inference_mode(mode=False), torch.no_grad():
+                family = self._loader.family(record)
+                self._serve(family)
+                # what is broken makes nobody leave
+                numbers = family.row(record, self._dtype)
+                row = self._claim(held, family)
+                row.values.copy_(numbers)
         except BaseException as error:  # noqa: BLE001 - those who wait for it must learn of it, whatever it is
             held.error = error
         with self._lock:
+            held.row = row
             if held.error is None:
                 self._generations[held.slot] += 1
-                held.family, held.row = family, row
+                held.family = family
             else:
-                self._failures += 1
+                self._failures += not isinstance(held.error, OverloadedError)
                 if self._by_version.get(held.version) is held:
                     del self._by_version[held.version]
-                self._free(held)
+                if row is not None:
+                    self._free(held)
+            held.ready.set()
         self._observer.load(time.perf_counter() - began, failed=held.error is not None)
-        held.ready.set()
-
-    def _filled(self, version: str) -> tuple[Family, Row]:
-        """A row that holds the version; nobody else sees it yet."""
-        record = self._read(version)
-        family = self._loader.family(record)
-        self._serve(family)
-        with self._lock:
-            row = self._shelves.take(family.width)
-        try:
-            with torch.no_grad():
-                family.write(record, row.values)
-        except BaseException:
-            with self._lock:
-                self._shelves.give_back(row)
-            raise
-        return family, row
 
     def _free_retired(self, held: _Held) -> None:
-        if held.retired and self._idle(held) and self._slots[held.slot] is held and held.ready.is_set():
+        if held.retired and self._idle(held) and self._slots[held.slot] is held:
             self._free(held)
 
     def _free(self, held: _Held) -> None:
         self._slots[held.slot] = None
         self._generations[held.slot] += 1
-        if held.row is not None:
-            self._shelves.give_back(held.row)
+        self._shelves.give_back(cast("Row", held.row))
 
     def _serve(self, family: Family) -> None:
         """Replaces the layers that the family adapts and no earlier one did."""
