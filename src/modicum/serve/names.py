@@ -35,7 +35,7 @@ _AWAY = "the adapter store does not answer; ask again in a moment"
 #: answers that are kept for when the store is gone, and the seconds they may be old
 _KEPT, _AGE = 10_000, 3600.0
 #: seconds that the store may take to answer, and for which it is left alone if it did not
-_PATIENCE, _PAUSE = 2.0, 1.0
+_PATIENCE, _PAUSE = 5.0, 1.0
 _THREADS = 8
 #: names in the neighbourhood from which suggestions are chosen
 _NEAR = 100
@@ -67,6 +67,7 @@ class Names:
     ) -> None:
         self._store, self._experiments, self._base = store, experiments, base_name
         self._threads = ThreadPoolExecutor(_THREADS, "names")
+        self._turns = asyncio.Semaphore(_THREADS)
         self._last: OrderedDict[tuple[str, ...], tuple[float, tuple[str, int] | None]] = OrderedDict()
         self._away_until = 0.0
 
@@ -181,12 +182,19 @@ class Names:
         Raises:
             StoreError: it does not; for a moment it is then not asked again, so that requests need not wait for it.
         """
-        if time.monotonic() < self._away_until:
-            raise StoreError(_AWAY)
-        try:
-            async with asyncio.timeout(_PATIENCE):
-                return await asyncio.get_running_loop().run_in_executor(self._threads, action)
-        except (StoreError, TimeoutError) as error:
-            if brief:
-                self._away_until = time.monotonic() + _PAUSE
-            raise StoreError(_AWAY) from error
+        # what waits for a thread says nothing of the store
+        async with self._turns:
+            if time.monotonic() < self._away_until:
+                raise StoreError(_AWAY)
+            asked = self._threads.submit(action)
+            answer = asyncio.wrap_future(asked)
+            # what comes too late to be told is no mistake of ours
+            answer.add_done_callback(lambda one: one.cancelled() or one.exception())
+            await asyncio.wait([answer], timeout=_PATIENCE)
+            try:
+                # a busy loop hears late of an answer that came in time
+                return asked.result(timeout=0)
+            except (StoreError, TimeoutError) as error:
+                if brief:
+                    self._away_until = time.monotonic() + _PAUSE
+                raise StoreError(_AWAY) from error

@@ -266,15 +266,15 @@ def test_a_thousand_connections_at_once(start, offline):
             await writer.wait_closed()
         code = int(status.split()[1])
         answer = json.loads(rest.partition(b"\r\n\r\n")[2])
-        return code, model, answer["choices"][0]["text"] if code == 200 else answer["error"]["code"]
+        return code, model, answer["choices"][0]["text"] if code == 200 else answer["error"]["message"]
 
     async def ask_all():
         async with asyncio.timeout(120):
             return await asyncio.gather(*map(ask, range(1000)))
 
     answers = asyncio.run(ask_all())
-    assert {code for code, _, _ in answers} <= {200, 429}
+    assert [(code, said) for code, _, said in answers if code not in {200, 429}] == []
     assert sum(code == 200 for code, _, _ in answers) >= 500
     for code, model, said in answers:
-        assert said == (wanted[model] if code == 200 else "overloaded")
+        assert said == wanted[model] if code == 200 else "no more are taken" in said
     _until(lambda: _idle(served), "requests are left")
