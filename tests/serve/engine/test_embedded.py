@@ -161,6 +161,17 @@ def test_what_makes_no_sense_is_refused_all_at_once():
         open_engine(EngineSettings("embedded", dtype="float3"), None)
 
 
+def test_a_cache_that_does_not_fit_is_refused_and_leaves_the_model_alone():
+    model = copy.deepcopy(base("small"))
+    before = model.config._attn_implementation
+    engine = EmbeddedEngine(model, dataclasses.replace(SMALL, cache_tokens=10**13))
+    with pytest.raises(
+        ConfigError, match="10,000,000,000,000 tokens do not fit into memory; start with fewer"
+    ):
+        engine.start()
+    assert (model.config._attn_implementation, engine.alive) == (before, False)
+
+
 def test_without_a_store_only_the_base_model_answers():
     async def main():
         async with serving() as engine:

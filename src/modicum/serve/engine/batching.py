@@ -76,10 +76,14 @@ class Batching:
         model.set_attn_implementation(register())
         self._manager.logit_processor = _only(Sampler(table, counts, self._eos))
         self._manager.output_router = _Router(table)
-        self._manager.warmup()  # makes the cache
-        self._processor = self._manager.batch_processor
-        if self.cache.use_prefix_sharing:
-            PrefixCache(self.cache, self._realm, self._found)
+        try:
+            self._manager.warmup()  # makes the cache
+            self._processor = self._manager.batch_processor
+            if self.cache.use_prefix_sharing:
+                PrefixCache(self.cache, self._realm, self._found)
+        except BaseException:
+            model.set_attn_implementation(self._attention)
+            raise
         self._hooks = [
             model.register_forward_pre_hook(self._before),
             model.register_forward_hook(self._after, always_call=True),

@@ -18,6 +18,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from modicum.errors import ConfigError
 from modicum.serve.engine.admission import Pace, check, known_dtype, longest
 from modicum.serve.engine.batching import Batching, Counts
 from modicum.serve.engine.interface import (
@@ -60,8 +63,6 @@ def open_engine(
     Raises:
         ConfigError: no such model or tokenizer, or settings that do not fit it.
     """
-    import torch
-
     from modicum.models.loading import load_base, load_tokenizer
 
     tokenizer = load_tokenizer(settings.model)
@@ -139,10 +140,20 @@ class EmbeddedEngine(Engine):
         )
 
     def start(self) -> None:
-        """Returns when requests can be taken."""
+        """Returns when requests can be taken.
+
+        Raises:
+            ConfigError: keys and values do not fit into memory, or this Transformers keeps them otherwise.
+        """
         if self._batching is not None:
             return
-        self._batching = self._begin()
+        try:
+            self._batching = self._begin()
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise ConfigError(
+                f"keys and values of {self._settings.cache_tokens:,} tokens do not fit into memory; start with fewer "
+                f"cache_tokens ({error})"
+            ) from error
         self._watch = threading.Thread(target=self._look_after, name="modicum-watch", daemon=True)
         self._watch.start()
 
