@@ -16,6 +16,7 @@ from modicum.fleet.gather import gather
 from modicum.fleet.ledger import Ledger
 from modicum.fleet.report import gains
 from modicum.fleet.rows import prepare_user
+from modicum.fleet.sizing import free_bytes
 from modicum.fleet.training import measured
 from modicum.models.loading import quiet_transformers
 from modicum.store import Store
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
     from modicum.store.record import Record
 
 #: users that are measured together, and tokens of a pass, unless the specification says
-_USERS, _TOKENS = 256, 8192
+_USERS, _TOKENS = 256, 4096
+#: share of the free memory that their adapters may take
+_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ def evaluate_fleet(
         base = load_fleet_base(spec)
         gather(spec, ledger, store)
         users = [one for one in ledger.users(waiting=True) if one.name is not None]
-        for group in _groups(users, spec.train.cohort_size or _USERS):
+        fit = int(_SHARE * free_bytes(base.device) / (4 * base.widest.record.layout.size))
+        for group in _groups(users, spec.train.cohort_size or max(1, min(_USERS, fit))):
             able = []
             for user in group:
                 try:
