@@ -48,7 +48,7 @@ def alone(x, a, u, parts):
 def test_every_token_gets_the_core_of_its_slot(slots):
     cores, a, u, held, random = made()
     x, base = random(len(slots), INNER), random(len(slots), sum(WIDTHS))
-    step = Step.of(torch.tensor(slots), set(held), SLOTS)
+    step = Step.of(torch.tensor(slots), set(held))
     assert (step.runs is None) == (len(slots) < 30)
     output = base.clone()
     cores.add(x, output, step)
@@ -59,7 +59,7 @@ def test_every_token_gets_the_core_of_its_slot(slots):
 
 def test_a_slot_that_is_written_anew_is_read_anew():
     cores, a, u, held, random = made()
-    x, step = random(2, INNER), Step.of(torch.tensor([0, 2]), set(held), SLOTS)
+    x, step = random(2, INNER), Step.of(torch.tensor([0, 2]), set(held))
     cores.add(x, torch.zeros(2, sum(WIDTHS)), step)
     cores.set(0, held[4])
     output = torch.zeros(2, sum(WIDTHS))
@@ -77,7 +77,7 @@ def test_smaller_cores_leave_nothing_of_larger_ones():
     x = random(1, INNER)
     cores.set(0, held[2])
     output = torch.zeros(1, sum(WIDTHS))
-    cores.add(x, output, Step.of(torch.tensor([0]), set(held), SLOTS))
+    cores.add(x, output, Step.of(torch.tensor([0]), set(held)))
     torch.testing.assert_close(output[0], alone(x[0], a, u, held[2]))
 
 
@@ -89,7 +89,7 @@ def test_plain_loras_reach_their_own_tokens_alone():
         output_slices=WIDTHS,
     )
     slots = [1, 1, -1, 0, 3]
-    step = Step.of(torch.tensor(slots), {0}, SLOTS)
+    step = Step.of(torch.tensor(slots), {0})
     x, output = random(5, INNER), torch.zeros(5, sum(WIDTHS))
     add_plain(layer, x, output, step)
     for row, slot in enumerate(slots):

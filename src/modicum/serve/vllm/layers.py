@@ -30,7 +30,7 @@ _LONG_RUNS = 8
 class Step:
     """The slots of the tokens of one batch; it serves all steps until the batch changes."""
 
-    #: slot of every token, (tokens,); the row behind the last slot, of zeros, where no core is meant
+    #: slot of every token, (tokens,), −1 for the base model; the cores of those with a plain LoRA are zeros
     rows: Tensor
     #: (slot, first, end) of consecutive tokens under a core, or None where cores are gathered for each token
     runs: tuple[tuple[int, int, int], ...] | None
@@ -40,7 +40,7 @@ class Step:
     plain: tuple[tuple[int, int, int], ...]
 
     @classmethod
-    def of(cls, slots: Tensor, cores: set[int], zero: int) -> Step:
+    def of(cls, slots: Tensor, cores: set[int]) -> Step:
         """The step of `slots` (tokens,), −1 for the base model; `cores`: the slots that hold LoRA-XS adapters."""
         found, lengths = torch.unique_consecutive(slots, return_counts=True)
         runs, place = [], 0
@@ -48,11 +48,9 @@ class Step:
             runs.append((slot, place, place + length))
             place += length
         mine = tuple(run for run in runs if run[0] in cores)
-        held = torch.tensor(sorted(cores), dtype=slots.dtype, device=slots.device)
-        rows = torch.where(torch.isin(slots, held), slots, zero)
         long = place > _LONG_RUNS * len(runs)
         plain = tuple(run for run in runs if run[0] >= 0 and run[0] not in cores)
-        return cls(rows, mine if long else None, bool(mine), plain)
+        return cls(slots.clone(), mine if long else None, bool(mine), plain)
 
 
 class Cores:
@@ -69,7 +67,7 @@ class Cores:
             first, column = n * rank, sum(widths[:n])
             self.a[first : first + inward.shape[0]] = inward
             self.u[first : first + outward.shape[1], column : column + widths[n]] = outward.T
-        #: Rᵀ · scaling of every slot and slice; the last row stays zero
+        #: Rᵀ · scaling of every slot and slice; the last row, which −1 finds, stays zero
         self.stack = like.new_zeros(slots + 1, count, rank, rank)
         self.held: set[int] = set()
         self._gathered: tuple[Step, Tensor] | None = None

@@ -150,7 +150,7 @@ def _patch_batches() -> None:
         stock(self, mapping, lora_index_to_id, max_loras, vocab_size)
         slots = self.token_lora_indices
         held = vars(self).get("modicum_slots", set())
-        self.modicum_step = Step.of(slots, held, len(lora_index_to_id))
+        self.modicum_step = Step.of(slots, held)
         if self.modicum_step.cores:
             # what vLLM itself computes for plain LoRA leaves these tokens alone
             held_slots = torch.tensor(sorted(held), dtype=slots.dtype, device=slots.device)
