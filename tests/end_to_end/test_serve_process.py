@@ -69,12 +69,12 @@ def _read(stream, found):
 
 @pytest.mark.slow
 def test_a_signal_lets_requests_end_within_the_grace(folder):
-    with Process(folder, "--grace", "1.5") as server:
+    with Process(folder, "--grace", "4") as server:
         assert server.said["open"]
-        short, long = server.stream(max_tokens=12), [server.stream(max_tokens=500) for _ in range(12)]
+        short, long = server.stream(max_tokens=60), [server.stream(max_tokens=500) for _ in range(40)]
         for stream in (short, *long):
             next(iter(stream))
-        found = [{} for _ in range(13)]
+        found = [{} for _ in range(41)]
         threads = [
             threading.Thread(target=_read, args=pair) for pair in zip((short, *long), found, strict=True)
         ]
@@ -93,7 +93,7 @@ def test_a_signal_lets_requests_end_within_the_grace(folder):
     log = (folder / "log").read_text()
     assert "Traceback" not in log
     assert PROMPT not in log
-    assert sum(json.loads(line)["message"] == "request" for line in log.splitlines() if line[0] == "{") == 13
+    assert sum(json.loads(line)["message"] == "request" for line in log.splitlines() if line[0] == "{") == 41
 
 
 @pytest.mark.slow

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 
 import httpx
 import openai
 import pytest
+import torch
 from tests.serve.servers import Offline, adapter, serving
 
 from modicum.store import Store
@@ -122,6 +124,15 @@ def test_a_stream_without_usage_has_none(served):
     assert "server" not in answer.headers
 
 
+def _chance(offline, text):
+    """The probability of the likeliest first token, whose text it must be, by the model alone."""
+    with torch.no_grad():
+        logits = offline._base(torch.tensor([offline.tokenizer(PROMPT).input_ids])).logits[0, -1]
+    token = logits.argmax()
+    assert offline.tokenizer.decode(token).strip() == text.strip()
+    return logits.float().softmax(-1)[token].item()
+
+
 def test_logprobs_of_completions(client, offline):
     found = _complete(client, logprobs=2, max_tokens=6).choices[0]
     assert "".join(found.logprobs.tokens) == found.text
@@ -132,9 +143,20 @@ def test_logprobs_of_completions(client, offline):
     ):
         assert len(top) == 2
         assert top[token] == logprob == max(top.values())
+        assert sum(map(math.exp, top.values())) <= 1
         assert logprob <= 0
+    assert math.exp(found.logprobs.token_logprobs[0]) == pytest.approx(
+        _chance(offline, found.logprobs.tokens[0]), abs=1e-4
+    )
     assert _complete(client).choices[0].logprobs is None
     assert len(_complete(client, logprobs=0).choices[0].logprobs.tokens) == 12
+
+
+def test_what_is_found_in_the_cache_is_told_once(client):
+    prompt = "She said that what has been read once need not be read again. " * 8
+    first, again = (_complete(client, "solo", prompt, n=2, max_tokens=2).usage for _ in range(2))
+    assert again.prompt_tokens == first.prompt_tokens
+    assert 0 < again.prompt_tokens_details.cached_tokens < again.prompt_tokens
 
 
 def test_logprobs_of_chats(client):
