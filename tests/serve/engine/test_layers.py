@@ -130,7 +130,7 @@ def arithmetic(request, monkeypatch, plain_compiler):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("sizes", [(70, 33), (130, 40), (24, 200)], ids=str)
+@pytest.mark.parametrize("sizes", [(70, 33), (130, 66), (24, 200)], ids=str)
 def test_all_ways_of_computing_agree_with_the_dense_update(arithmetic, dtype, sizes):
     """Ranks that do not fill registers, rows that do not fill blocks, odd sizes, several adapters of each kind."""
     out, inner = sizes
@@ -139,7 +139,7 @@ def test_all_ways_of_computing_agree_with_the_dense_update(arithmetic, dtype, si
     records = {
         "a@1": record_of(base, "lora_xs", r=16, target_modules=["layer"], seed=1),
         "b@1": record_of(base, "lora_xs", r=16, target_modules=["layer"], seed=2),
-        "c@1": record_of(base, "lora_xs", r=wide - 1, target_modules=["layer"], seed=3, alpha=3.0),
+        "c@1": record_of(base, "lora_xs", r=wide // 2 + 1, target_modules=["layer"], seed=3, alpha=3.0),
         "d@1": record_of(base, "lora_xs", r=7, core="diagonal", target_modules=["layer"], seed=4),
         "e@1": record_of(base, "peft:LORA", r=5, target_modules=["layer"], use_rslora=True),
         "f@1": record_of(base, "elastic_lora", r=wide, target_modules=["layer"], seed=6),
