@@ -195,6 +195,20 @@ def test_folders_that_are_taken(tmp_path):
     assert set(contents(spec.store.path)) == {"u0@1", "u0@2"}
 
 
+def test_two_processes_do_not_work_on_one_job(tmp_path):
+    spec = spec_in(tmp_path, (4,))
+    seen = []
+
+    def again(_):
+        with pytest.raises(ConfigError, match="another process is at work"):
+            train_fleet(spec, overwrite=True)
+        seen.append(1)
+
+    train_fleet(spec, tell=again)
+    assert seen
+    assert train_fleet(spec, resume=True).reused
+
+
 def test_users_rows_are_gone_when_the_job_is_finished(tmp_path):
     spec = spec_in(tmp_path, (9, 9))
     text = "xyzzy-secret"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -29,7 +32,7 @@ from modicum.train.artifacts import disk_guard, read_json
 from modicum.train.yaml_lines import read_yaml
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from modicum.fleet.base import FleetBase
@@ -89,14 +92,21 @@ def train_fleet(
     in the store stays there: a user whose newest version is the same record gets no new one.
 
     Raises:
-        ConfigError: the folder holds another or an unfinished job; see `load_fleet_base`.
+        ConfigError: the folder holds another or an unfinished job, or a process works on it; see `load_fleet_base`.
         DataError: there are no users. StoreError: see `Store`. ModicumError: the disk is full.
     """
     folder = spec.folder
-    finished = _claim(spec, resume=resume, overwrite=overwrite)
-    if finished is not None:
-        return FleetResult(folder, finished, reused=True)
-    create = "://" not in spec.store.path
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        finished = _claim(spec, resume=resume, overwrite=overwrite)
+        if finished is not None:
+            return FleetResult(folder, finished, reused=True)
+        return FleetResult(folder, _train(spec, tell))
+
+
+def _train(spec: FleetSpec, tell: Callable[[Progress], None]) -> dict[str, Any]:
+    """The report of the job, begun or gone on with."""
+    folder, create = spec.folder, "://" not in spec.store.path
     with (
         disk_guard(folder),
         quiet_transformers(),
@@ -108,9 +118,28 @@ def train_fleet(
         if ledger.fact("gathered") is None:
             gather(spec, ledger, store)
         report = _Job(spec, base, store, ledger, tell).run()
-        write_reports(folder, report)
+        # before the report, which marks the job as finished
         ledger.forget_rows()
-    return FleetResult(folder, report)
+        write_reports(folder, report)
+    return report
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Within, no other process works on the job in `folder`; the system lets go of it when a process ends.
+
+    Raises:
+        ConfigError: another one does.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"another process is at work on the fleet in {folder}; wait for it") from error
+        yield
+    finally:
+        os.close(handle)
 
 
 class _Job:
