@@ -140,12 +140,13 @@ def test_all_ways_of_computing_agree_with_the_dense_update(arithmetic, dtype, si
         "a@1": record_of(base, "lora_xs", r=16, target_modules=["layer"], seed=1),
         "b@1": record_of(base, "lora_xs", r=16, target_modules=["layer"], seed=2),
         "c@1": record_of(base, "lora_xs", r=wide // 2 + 1, target_modules=["layer"], seed=3, alpha=3.0),
+        "g@1": record_of(base, "lora_xs", r=wide * 9 // 10, target_modules=["layer"], seed=7),
         "d@1": record_of(base, "lora_xs", r=7, core="diagonal", target_modules=["layer"], seed=4),
         "e@1": record_of(base, "peft:LORA", r=5, target_modules=["layer"], use_rslora=True),
         "f@1": record_of(base, "elastic_lora", r=wide, target_modules=["layer"], seed=6),
     }
-    order = ["a@1", "f@1", None, "b@1", "c@1", "a@1", "e@1", "d@1", "e@1"]
-    lengths = [17, 3, 5, 1, 70, 4, 2, 9, 1]
+    order = ["a@1", "f@1", None, "b@1", "g@1", "c@1", "a@1", "e@1", "d@1", "e@1"]
+    lengths = [17, 3, 5, 1, 2, 70, 4, 2, 9, 1]
     x = torch.randn(1, sum(lengths), inner, generator=torch.Generator().manual_seed(0)).to(dtype)
     found = mixed(base, records, order, lengths, x)
     start = 0

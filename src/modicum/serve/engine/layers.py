@@ -56,7 +56,8 @@ class Directions:
         self.packing = packing
         self.all: list[Direction] = []
         self._dtype = dtype
-        self._known: dict[tuple[int, str, int], int] = {}
+        #: layer and basis -> ranks, and where their directions are
+        self._known: dict[tuple[int, str], list[tuple[int, int]]] = {}
 
     @property
     def bytes(self) -> int:
@@ -65,18 +66,19 @@ class Directions:
 
     def add(self, layer: int, key: str, basis: LayerBasis, site: Site) -> int:
         """The number of the directions that the layer has in the basis called `key`."""
-        # a basis grows in place when a larger rank comes; what was taken from it stays as it is
-        known = layer, key, basis.rank
-        if known not in self._known:
-            ut, bias, shift = basis.ut.detach(), site.bias, None
-            read = ut if basis.a is None else basis.a.detach()
-            if basis.a is None and bias is not None:
-                shift = F.pad(ut.float() @ bias.detach().float(), (0, -len(ut) % LANES))
-            inner, outer = self.packing.inner(read.to(self._dtype)), self.packing.outer(ut.to(self._dtype))
-            lanes = padded(len(ut), LANES)
-            self.all.append(Direction(inner, outer, shift, lanes, from_output=basis.a is None))
-            self._known[known] = len(self.all) - 1
-        return self._known[known]
+        # a basis has as many directions as were asked for; the first of more are the same ones
+        known = self._known.setdefault((layer, key), [])
+        for rank, number in known:
+            if rank >= basis.rank:
+                return number
+        ut, bias, shift = basis.ut.detach(), site.bias, None
+        read = ut if basis.a is None else basis.a.detach()
+        if basis.a is None and bias is not None:
+            shift = F.pad(ut.float() @ bias.detach().float(), (0, -len(ut) % LANES))
+        inner, outer = self.packing.inner(read.to(self._dtype)), self.packing.outer(ut.to(self._dtype))
+        self.all.append(Direction(inner, outer, shift, padded(len(ut), LANES), from_output=basis.a is None))
+        known.append((basis.rank, len(self.all) - 1))
+        return len(self.all) - 1
 
 
 class Part(NamedTuple):
