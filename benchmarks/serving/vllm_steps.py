@@ -217,7 +217,7 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, dict[str, list
         for turn in range(given.rounds + 1):
             for name, one in arms.items():
                 for kind in ARMS[name][1]:
-                    if kind == SLOW and turn != 1:
+                    if kind == SLOW and turn > 1:
                         continue
                     seconds = one.step(batch, given.context, kind)
                     if turn:  # the first turn warms up
