@@ -203,13 +203,16 @@ def main() -> None:
     for name, make in models(arguments.small).items():
         if arguments.only not in (None, name):
             continue
-        for share in CASES:
-            case = f"{name}, {share} row{'s' if share > 1 else ''} a user"
-            # a step of the larger model on all rows takes half a minute
+        for share, tokens in CASES:
+            case = f"{name}, {share} row{'s' if share > 1 else ''} of {tokens} tokens a user"
+            # the larger model takes long steps on all rows
             repeats = (
                 arguments.repeats if (name, share) != ("llama-110m", 8) else max(3, arguments.repeats // 2)
             )
-            found[case] = {**speed(make, share, repeats), "memory": memory(make, share)}
+            found[case] = {
+                **speed(make, share, tokens, repeats),
+                "memory": memory(make, share, tokens),
+            }
             print(json.dumps({case: found[case]}, indent=1))
             gc.collect()
     if arguments.small or arguments.only:
