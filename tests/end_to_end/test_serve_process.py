@@ -69,18 +69,18 @@ def _read(stream, found):
 
 @pytest.mark.slow
 def test_a_signal_lets_requests_end_within_the_grace(folder):
-    with Process(folder, "--grace", "4") as server:
+    with Process(folder, "--grace", "3") as server:
         assert server.said["open"]
-        short, long = server.stream(max_tokens=60), [server.stream(max_tokens=500) for _ in range(40)]
-        for stream in (short, *long):
-            next(iter(stream))
-        found = [{} for _ in range(41)]
+        long = [server.stream(max_tokens=500) for _ in range(60)]
+        # the last to come, so that it is running when the signal comes
+        short = server.stream(max_tokens=16)
+        server.process.send_signal(signal.SIGTERM)
+        found = [{} for _ in range(61)]
         threads = [
             threading.Thread(target=_read, args=pair) for pair in zip((short, *long), found, strict=True)
         ]
         for thread in threads:
             thread.start()
-        server.process.send_signal(signal.SIGTERM)
         for thread in threads:
             thread.join(60)
         assert server.process.wait(30) == 0
@@ -93,7 +93,7 @@ def test_a_signal_lets_requests_end_within_the_grace(folder):
     log = (folder / "log").read_text()
     assert "Traceback" not in log
     assert PROMPT not in log
-    assert sum(json.loads(line)["message"] == "request" for line in log.splitlines() if line[0] == "{") == 41
+    assert sum(json.loads(line)["message"] == "request" for line in log.splitlines() if line[0] == "{") == 61
 
 
 @pytest.mark.slow
