@@ -213,7 +213,7 @@ def main() -> None:
                 **speed(make, share, tokens, repeats),
                 "memory": memory(make, share, tokens),
             }
-            print(json.dumps({case: found[case]}, indent=1))
+            print(json.dumps({case: found[case]}, indent=1), flush=True)
             gc.collect()
     if arguments.small or arguments.only:
         return
