@@ -24,6 +24,8 @@ ROLES = ("system", "developer", "user", "assistant")
 _CONTEXT = 6
 #: a character has at most four bytes; tokens after which no character is waited for any more
 _PATIENCE = 8
+#: tokens that are decoded again with the next one: few cost time anew every time they are cut, many at every token
+_KEPT = 8
 _BROKEN = "�"
 
 
@@ -117,7 +119,8 @@ class _Decoder:
             tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         self._tokens = self._context(list(prompt[-_CONTEXT:]))
-        self._done = len(self._tokens)
+        #: tokens whose text is certain, and that text
+        self._done, self._before = len(self._tokens), self._decode(self._tokens)
 
     def _context(self, prompt: list[int]) -> list[int]:
         """The last tokens of the prompt that begin with a character."""
@@ -139,13 +142,15 @@ class _Decoder:
         return self._take(self._new())
 
     def _new(self) -> str:
-        before, after = self._decode(self._tokens[: self._done]), self._decode(self._tokens)
-        return after[len(before) :]
+        return self._decode(self._tokens)[len(self._before) :]
 
     def _take(self, text: str) -> str:
-        # the next piece is decoded behind this one, which begins where a character does
-        self._tokens = self._tokens[self._done :]
-        self._done = len(self._tokens)
+        start, self._done = self._done, len(self._tokens)
+        self._before += text
+        if self._done > _KEPT:
+            # the next piece is decoded behind this one, which begins where a character does
+            self._tokens = self._tokens[start:]
+            self._done, self._before = len(self._tokens), self._decode(self._tokens)
         return text
 
 
