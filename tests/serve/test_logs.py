@@ -26,6 +26,8 @@ def written(monkeypatch):
         for one in [logging.getLogger(name)]
     }
     stream = io.StringIO()
+    # to configure logging closes all handlers there are; absl's, in other tests' imports, would close pytest's streams
+    monkeypatch.setattr(logging, "_handlerList", [])
 
     def begin(**options):
         monkeypatch.setattr(sys, "stderr", stream)
