@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
+import resource
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -299,3 +301,24 @@ def test_many_threads_never_see_another_adapters_numbers(base, reader):
         for thread in threads:
             thread.join()
     assert not faults
+
+
+def test_without_memory_for_the_pool_a_load_fails_and_the_next_one_succeeds(base, reader):
+    pool = Slots(copy.deepcopy(base), reader, slots=1 << 20, max_rank=16)
+    pool.release(pool.acquire("a@1"))  # all but the memory is there
+    assert pool.unload("a@1")
+    assert pool.stats().used == 0
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    # a block of the pool has up to 64 MiB
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (24 << 20), limits[1]))
+    try:
+        with pytest.raises(AdapterUnavailableError, match="a@2 cannot be served"):
+            pool.acquire("a@2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    stats = pool.stats()
+    assert (stats.used, stats.failures) == (0, 1)
+    lease = pool.acquire("a@2")
+    assert torch.equal(numbers(pool, lease), 2 * numbers(pool, pool.acquire("a@1")))
+    pool.remove()
