@@ -8,7 +8,7 @@ import threading
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, final
+from typing import TYPE_CHECKING, Any, LiteralString, Self, final
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from modicum.errors import ConfigError, ModicumError, StoreError
@@ -153,7 +153,8 @@ class Postgres:
                     db.execute("SELECT 1")  # the first query is the moment that the view is of
                 yield PostgresView(db, self.bucket)
             finally:
-                _end(db)
+                # the server notices a closed connection later, and until then would spare what nobody sees
+                _end(db, "ROLLBACK; SELECT pg_advisory_unlock_all()" if pinned else "ROLLBACK")
 
     @contextlib.contextmanager
     def change(self) -> Iterator[PostgresChange]:
@@ -334,7 +335,7 @@ def _exists(db: psycopg.Connection, schema: str) -> bool:
     return db.execute(query, [schema]).fetchone() is not None
 
 
-def _end(db: psycopg.Connection) -> None:
+def _end(db: psycopg.Connection, statement: LiteralString = "ROLLBACK") -> None:
     """Roll back; a connection that broke has done so itself."""
     with contextlib.suppress(psycopg.OperationalError):
-        db.execute("ROLLBACK")
+        db.execute(statement)
