@@ -235,6 +235,31 @@ def test_fewer_slots_than_versions_in_the_queue():
     asyncio.run(main())
 
 
+def test_a_slot_that_is_in_use_is_waited_for_whoever_uses_it():
+    """Of those who hold leases, some are no sequences any more, and some not yet."""
+
+    async def main():
+        async with serving(mixed(), slots=1) as engine:
+            acquire, refused = engine._slots.acquire, asyncio.Event()
+            lease, loop = acquire("a0@1"), asyncio.get_running_loop()
+
+            def watched(version):
+                try:
+                    return acquire(version)
+                except OverloadedError:
+                    loop.call_soon_threadsafe(refused.set)
+                    raise
+
+            engine._slots.acquire = watched
+            waiting = asyncio.create_task(tokens(engine, request((9, 10), "a1@1", count=3)))
+            await asyncio.wait([waiting, asyncio.create_task(refused.wait())], return_when="FIRST_COMPLETED")
+            engine._slots.release(lease)
+            assert await waiting == Offline("small").greedy(mixed()["a1@1"], (9, 10), 3)
+            assert refused.is_set()
+
+    asyncio.run(main())
+
+
 def test_a_tiny_cache_makes_requests_wait_and_begin_again_but_not_differ():
     async def main():
         offline = Offline("small")

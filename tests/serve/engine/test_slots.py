@@ -17,7 +17,7 @@ from tests.models_for_tests import llama, tokens
 from tests.serve.engine.adapters_for_tests import offline, record_of
 
 from modicum.errors import NotStoredError
-from modicum.serve.engine.interface import AdapterUnavailableError, Observer, OverloadedError
+from modicum.serve.engine.interface import AdapterUnavailableError, InUseError, Observer, OverloadedError
 from modicum.serve.engine.slots import Slots
 
 
@@ -91,7 +91,7 @@ def test_pinned_and_used_ones_stay(slots):
     slots.release(slots.acquire("a@4"))
     assert {one.version for one in slots.residents()} == {"a@1", "a@2", "a@4"}
     held = slots.acquire("a@4")
-    with pytest.raises(OverloadedError, match="all 3 places"):
+    with pytest.raises(InUseError, match="all 3 places"):
         slots.acquire("a@5")
     assert {one.version: (one.pinned, one.requests) for one in slots.residents()} == {
         "a@1": (True, 0), "a@2": (False, 1), "a@4": (False, 1),
@@ -101,6 +101,24 @@ def test_pinned_and_used_ones_stay(slots):
     slots.release(lease)
     slots.release(held)
     assert slots.stats().pinned == 0
+
+
+def test_only_when_all_are_pinned_does_waiting_not_help(slots):
+    """What requests use comes back with them; what is pinned does not, used or not."""
+    leases = [slots.acquire(f"a@{i}") for i in (1, 2, 3)]
+    for i in (1, 2, 3):
+        with pytest.raises(InUseError, match="pinned or in use"):
+            slots.acquire("a@4")
+        slots.load(f"a@{i}", pin=True)
+    with pytest.raises(OverloadedError, match="are pinned; unpin one") as refused:
+        slots.acquire("a@4")
+    assert not isinstance(refused.value, InUseError)
+    for lease in leases:
+        slots.release(lease)
+    with pytest.raises(OverloadedError, match="are pinned; unpin one"):
+        slots.acquire("a@4")
+    slots.unpin("a@2")
+    assert slots.acquire("a@4").slot == leases[1].slot
 
 
 def test_a_lease_that_is_over_is_named_and_its_tokens_run_on_the_base_model(base, slots):
@@ -148,7 +166,7 @@ def test_a_row_that_a_running_step_reads_is_not_given_away(slots):
     slots.unload("a@1")
     others = [slots.acquire(f"a@{i}") for i in (2, 3)]
     assert torch.equal(numbers(slots, lease), before)
-    with pytest.raises(OverloadedError):
+    with pytest.raises(InUseError):
         slots.acquire("a@4")
     slots.end_step()
     assert slots.acquire("a@4").slot == lease.slot

@@ -28,6 +28,7 @@ from modicum.serve.engine.interface import (
     Engine,
     EngineStats,
     GenerationError,
+    InUseError,
     Observer,
     OverloadedError,
     PoolStats,
@@ -123,8 +124,6 @@ class EmbeddedEngine(Engine):
         self._watch: threading.Thread | None = None
         self._closing = threading.Event()
         self._dead = False
-        #: sequences that ask for their version just now
-        self._asking = 0
         self._places: asyncio.Semaphore | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ends = Pace()
@@ -260,15 +259,8 @@ class EmbeddedEngine(Engine):
 
     async def _lease(self, row: Running, version: str) -> Any:
         while (slots := self._slots) is not None and not row.over:
-            self._asking += 1
-            try:
+            with contextlib.suppress(InUseError):
                 return await self._in_thread(slots.acquire, version)
-            except OverloadedError:
-                # a slot comes back with the next sequence that ends, if another one has any, or is about to
-                if self._asking == 1 and not self._table.leases():
-                    raise
-            finally:
-                self._asking -= 1
             await asyncio.sleep(_RETRY)
         if row.over:
             raise self._stopped()

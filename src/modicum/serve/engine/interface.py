@@ -26,6 +26,10 @@ class OverloadedError(ModicumError, RuntimeError):
         self.retry_after = retry_after
 
 
+class InUseError(OverloadedError):
+    """Requests use every slot that is not pinned; one comes back with the first of them that ends."""
+
+
 class AdapterUnavailableError(ModicumError, RuntimeError):
     """The adapter that a request needs cannot be had; the cause says why (not stored, damaged, of another base)."""
 

@@ -103,11 +103,6 @@ class Table:
         with self._lock:
             return list(self._rows.values())
 
-    def leases(self) -> int:
-        """How many leases are held."""
-        with self._lock:
-            return sum(row.lease is not None for row in self._rows.values()) + len(self._due)
-
     def begin_step(self, names: Sequence[str]) -> list[Running | None]:
         """The sequences of a step, None in place of those that are over; their leases stay until `end_step`."""
         with self._lock:

@@ -22,6 +22,7 @@ from modicum.serve.engine import native
 from modicum.serve.engine.families import Packing
 from modicum.serve.engine.interface import (
     AdapterUnavailableError,
+    InUseError,
     Observer,
     OverloadedError,
     PoolStats,
@@ -122,7 +123,8 @@ class Slots:
         """The right to use `version`, which is loaded if it is not in memory; blocks, any thread.
 
         Raises:
-            OverloadedError: every slot is pinned or in use.
+            InUseError: every slot is pinned or in use.
+            OverloadedError: every slot is pinned.
             AdapterUnavailableError: it cannot be had; the cause says why.
         """
         with self._lock:
@@ -263,10 +265,10 @@ class Slots:
         old = next((one for one in self._by_version.values() if self._idle(one)), None)
         if old is not None:
             return old.slot, old
-        raise OverloadedError(
-            f"all {len(self._slots)} places for adapters are pinned or in use; try again, or start the server "
-            "with more slots"
-        )
+        places = f"all {len(self._slots)} places for adapters"
+        if all(one is not None and one.pinned for one in self._slots):
+            raise OverloadedError(f"{places} are pinned; unpin one, or start the server with more slots")
+        raise InUseError(f"{places} are pinned or in use; try again, or start the server with more slots")
 
     def _claim(self, held: _Held, family: Family) -> Row:
         """A row for a version in a slot of its own; nobody else sees it yet."""

@@ -22,6 +22,7 @@ from modicum.serve.engine.interface import (
     Engine,
     EngineStats,
     GenerationError,
+    InUseError,
     Observer,
     OverloadedError,
     PoolStats,
@@ -210,12 +211,8 @@ class VllmEngine(Engine):
 
     async def _entry(self, registry: Registry, version: str) -> Entry:
         while True:
-            try:
+            with contextlib.suppress(InUseError):
                 return await registry.acquire(version)
-            except OverloadedError:
-                # a slot comes back with the next sequence that ends, if one has any
-                if not registry.leases():
-                    raise
             await asyncio.sleep(_RETRY)
 
     async def _run(self, request: Request, lora: Any) -> AsyncGenerator[Step, None]:

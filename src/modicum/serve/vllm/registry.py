@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from modicum.errors import ModicumError
 from modicum.serve.engine.interface import (
     AdapterUnavailableError,
+    InUseError,
     Observer,
     OverloadedError,
     PoolStats,
@@ -58,7 +59,8 @@ class Registry:
 
         Raises:
             AdapterUnavailableError: it cannot be had.
-            OverloadedError: all versions that fit are in use.
+            InUseError: all versions that fit are pinned or in use.
+            OverloadedError: they are pinned.
         """
         entry = await self._entry(version)
         entry.leases += 1
@@ -100,10 +102,6 @@ class Registry:
             await self._forget(entry)
         return True
 
-    def leases(self) -> int:
-        """How many requests use versions now."""
-        return sum(entry.leases for entry in self._entries.values())
-
     def residents(self) -> list[Resident]:
         """All versions, the last used first."""
         return [_resident(entry) for entry in reversed(self._entries.values())]
@@ -141,9 +139,9 @@ class Registry:
             return
         found = next((one for one in self._entries.values() if not one.leases and not one.pinned), None)
         if found is None:
-            raise OverloadedError(
-                f"all {self._slots} adapters that fit are pinned or in use; try again later"
-            )
+            if all(one.pinned for one in self._entries.values()):
+                raise OverloadedError(f"all {self._slots} adapters that fit are pinned; unpin one")
+            raise InUseError(f"all {self._slots} adapters that fit are pinned or in use; try again later")
         self._evictions += 1
         found.leaving = True
         await self._forget(found)
