@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
-import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, LiteralString, Self, final
@@ -14,6 +12,7 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 from modicum.errors import ConfigError, ModicumError, StoreError
 from modicum.store.engine import upkeep
 from modicum.store.engine.bucket import Bucket
+from modicum.store.engine.connections import Connections
 from modicum.store.engine.rows import PostgresChange, PostgresView, tables_here
 
 try:
@@ -39,8 +38,6 @@ CREATE TABLE dead(
     id INTEGER GENERATED ALWAYS AS IDENTITY PRIMARY KEY, digest BLOB NOT NULL, size INTEGER NOT NULL,
     burial INTEGER NOT NULL, erase INTEGER NOT NULL DEFAULT 0);
 """
-#: connections that belong to a parent process; closing one there would harm the parent
-_inherited: list[psycopg.Connection] = []
 
 
 @dataclass(frozen=True)
@@ -96,8 +93,7 @@ class Postgres:
         """
         self.address, self.tables, self.timeout = Address.parse(location), tables, timeout
         self.location = self.address.shown
-        self._mine, self._closed = threading.local(), False
-        self._all: weakref.WeakSet[_Connection] = weakref.WeakSet()
+        self._connections: Connections[psycopg.Connection] = Connections(self.location)
         with self.said():
             found = {key: bytes(value) for key, value in self._settings()}
             if found.get("format") != str(FORMAT).encode():
@@ -214,19 +210,11 @@ class Postgres:
 
     def close(self) -> None:
         """Returns when no connection is held any more."""
-        self._closed = True
-        for connection in list(self._all):
-            connection.close()
+        self._connections.close()
 
     def connection(self) -> psycopg.Connection:
         """The connection of this thread in this process, a new one if it broke."""
-        if self._closed:
-            raise StoreError(f"{self.location} has been closed; open it again")
-        mine = getattr(self._mine, "connection", None)
-        if mine is None or mine.process != os.getpid() or mine.db.closed:
-            mine = self._mine.connection = _Connection(self.address, self.timeout)
-            self._all.add(mine)
-        return mine.db
+        return self._connections.mine(lambda: connect(self.address, self.timeout))
 
     def said(self) -> contextlib.AbstractContextManager[None]:
         """Turns what PostgreSQL says inside into words that help, and nonsense in rows into damage."""
@@ -239,24 +227,6 @@ class Postgres:
             raise StoreError(
                 f"no store in schema {self.address.schema!r} of {self.location}: make one (`modicum store init`)"
             ) from None
-
-
-class _Connection:
-    """A connection that ends with its thread, and that a forked child leaves alone."""
-
-    def __init__(self, address: Address, timeout: float) -> None:
-        self.process = os.getpid()
-        self.db = connect(address, timeout)
-
-    def close(self) -> None:
-        if self.process == os.getpid():
-            self.db.close()
-        else:
-            _inherited.append(self.db)
-
-    def __del__(self) -> None:
-        if hasattr(self, "db"):
-            self.close()
 
 
 class _Number(Dumper):

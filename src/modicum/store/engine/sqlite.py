@@ -7,13 +7,13 @@ import errno
 import os
 import sqlite3
 import threading
-import weakref
 from typing import TYPE_CHECKING, Any, final
 
 from modicum.errors import ModicumError, StoreError
 from modicum.store.beside import WAITING, side_by_side, split
 from modicum.store.engine import checking, maintenance
 from modicum.store.engine.change import PLACES, EmbeddedChange, View, marks
+from modicum.store.engine.connections import Connections
 from modicum.store.engine.interface import MovedError
 from modicum.store.engine.segments import Segments
 
@@ -45,8 +45,6 @@ _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 _CACHE, _LITTLE = 8192, 2048
 #: how often segments that a compaction has just unlinked are looked for
 _TRIES = 8
-#: connections that belong to a parent process; closing one there would harm the parent
-_inherited: list[sqlite3.Connection] = []
 
 
 @final
@@ -60,8 +58,7 @@ class Embedded:
             StoreError: there is none, it is damaged, or of a newer format.
         """
         self.folder, self.location, self.timeout = folder, str(folder), timeout
-        self._mine, self._closed = threading.local(), False
-        self._all: weakref.WeakSet[_Connection] = weakref.WeakSet()
+        self._connections: Connections[sqlite3.Connection] = Connections(self.location)
         if not (folder / INDEX).is_file():
             raise StoreError(
                 f"no store in {folder}: name its folder, or make one (`modicum store init`, create=True)"
@@ -210,21 +207,13 @@ class Embedded:
 
     def close(self) -> None:
         """Returns when no file is held open any more."""
-        self._closed = True
-        for connection in list(self._all):
-            connection.close()
+        self._connections.close()
         if hasattr(self, "segments"):
             self.segments.close()
 
     def connection(self, cache: int = _CACHE) -> sqlite3.Connection:
         """The connection of this thread in this process; a new one keeps up to `cache` KiB of pages."""
-        if self._closed:
-            raise StoreError(f"{self.location} has been closed; open it again")
-        mine = getattr(self._mine, "connection", None)
-        if mine is None or mine.process != os.getpid():
-            mine = self._mine.connection = _Connection(self.folder / INDEX, self.timeout, cache)
-            self._all.add(mine)
-        return mine.db
+        return self._connections.mine(lambda: connect(self.folder / INDEX, self.timeout, cache))
 
     def said(self) -> contextlib.AbstractContextManager[None]:
         """Turns what SQLite and the system say inside into words that help, and nonsense in rows into damage."""
@@ -267,27 +256,6 @@ def _advice(error: Exception, location: str, timeout: float) -> str:
             "which readers have to write to as well (index.sqlite-shm)"
         )
     return f"{location} {_DAMAGED} ({error})" if code else f"{location}: {error}"
-
-
-class _Connection:
-    """A connection that ends with its thread, and that a forked child leaves alone."""
-
-    def __init__(self, file: Path, timeout: float, cache: int) -> None:
-        self.process, self.closed = os.getpid(), False
-        self.db = connect(file, timeout, cache)
-
-    def close(self) -> None:
-        if self.closed:
-            return
-        self.closed = True
-        if self.process == os.getpid():
-            self.db.close()
-        else:
-            _inherited.append(self.db)
-
-    def __del__(self) -> None:
-        if hasattr(self, "db"):
-            self.close()
 
 
 def connect(file: Path, timeout: float, cache: int = _CACHE) -> sqlite3.Connection:
