@@ -140,3 +140,20 @@ def parse_overrides(pairs: Sequence[str] | None) -> dict[str, Any]:
                 raise ConfigError(f"{pair!r} goes below {key!r}, which another override sets to a value")
         node[keys[-1]] = yaml_value(text)
     return result
+
+
+def read_prices(file: Path | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The prices in a YAML file, or in its section `prices`, with those of `options` that are given in their places.
+
+    Raises:
+        ConfigError: the file is missing, or holds something else.
+    """
+    from modicum.train.yaml_lines import read_yaml_file
+
+    values: Any = {} if file is None else read_yaml_file(file, "prices")[0]
+    if isinstance(values, dict) and isinstance(values.get("prices"), dict):
+        # the section of a comparison serves as well
+        values = values["prices"]
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: prices are a mapping, such as `cpu_hour: 0.04` and `currency: EUR`")
+    return {**values, **{name: value for name, value in options.items() if value is not None}}

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from modicum.cli._common import JsonFlag, emit, size, table
+from modicum.cli._common import JsonFlag, emit, read_prices, size, table
 
 
 def run(
@@ -34,21 +34,8 @@ def run(
     options = {
         "cpu_hour": cpu_hour, "gpu_hour": gpu_hour, "gb_month": gb_month, "kwh": kwh, "currency": currency,
     }  # fmt: skip
-    given = {**_read(prices), **{name: value for name, value in options.items() if value is not None}}
+    given = read_prices(prices, options)
     emit(spending(folders, Prices.of(given) if given else None, months), as_json, _table)
-
-
-def _read(file: Path | None) -> dict[str, Any]:
-    if file is None:
-        return {}
-    from modicum.errors import ConfigError
-    from modicum.train.yaml_lines import read_yaml
-
-    values, _ = read_yaml(file.read_text(encoding="utf-8"), str(file))
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file}: prices are a mapping, such as `cpu_hour: 0.04` and `currency: EUR`")
-    # the section of a comparison serves as well
-    return values["prices"] if isinstance(values.get("prices"), dict) else values
 
 
 def _table(found: dict[str, Any]) -> Any:

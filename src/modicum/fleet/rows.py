@@ -43,7 +43,7 @@ def prepare_user(rows: Rows, spec: FleetSpec, base: FleetBase, rank: int) -> Pre
     usable, faults = _usable(rows, spec, base)
     counts = {"given": len(rows), "usable": len(usable)}
     notes = [f"{len(faults)} of {len(rows)} rows left out: {listing(faults, 3)}"] if faults else []
-    parts = _divided(len(usable), spec)
+    parts = divided(len(usable), spec)
     if parts is None:
         least = 1 + bool(spec.users.held_out) + bool(spec.users.test)
         what = "no row" if not len(usable) else f"{len(usable)} row" + ("s" if len(usable) > 1 else "")
@@ -109,7 +109,7 @@ def _is_empty(row: dict[str, Any], spec: FleetSpec) -> bool:
     return all(value is None or (isinstance(value, str) and not value.strip()) for value in found)
 
 
-def _divided(count: int, spec: FleetSpec) -> dict[str, list[int]] | None:
+def divided(count: int, spec: FleetSpec) -> dict[str, list[int]] | None:
     """The indices of each part, None where there are too few rows."""
     shares = {"held_out": spec.users.held_out, "test": spec.users.test}
     wanted = {name: max(1, round(count * share)) for name, share in shares.items() if share}

@@ -49,15 +49,34 @@ def sizes(base: FleetBase, options: TrainOptions, sample: Encoded, rank: int) ->
     """The sizes that `options` give, and else what fits: measured with a step on rows of `sample`."""
     numbers = base.widest.record.layout.size
     token = None
-    tokens, users = options.tokens_per_pass, options.cohort_size
-    kind, free = base.device.type, free_bytes(base.device)
-    if tokens is None:
+    if options.tokens_per_pass is None:
         token = token_bytes(base, {0: sample}, rank)
-        longest = max(sample.lengths)
+    tokens, users = fitting(
+        options, base.device.type, free_bytes(base.device), numbers, token, max(sample.lengths)
+    )
+    return Sizes(tokens, users, torch.get_num_threads(), token, user_bytes(numbers))
+
+
+def fitting(
+    options: TrainOptions, kind: str, free: int, numbers: int, token: int | None, longest: int
+) -> tuple[int, int]:
+    """Tokens of a pass and users of a cohort: what `options` give, and else what fits into `free` bytes.
+
+    `kind`: cpu or cuda; `numbers`: trained ones of a user; `token`: bytes of a token in a pass, needed unless
+    `options` give the tokens; `longest`: tokens of the longest row.
+    """
+    tokens, users = options.tokens_per_pass, options.cohort_size
+    if tokens is None:
+        assert token is not None
         tokens = max(longest, min(_MOST_TOKENS[kind], int(_PASS * free / token)))
     if users is None:
-        users = max(1, min(_MOST_USERS[kind], int(_NUMBERS * free / (_NUMBER * numbers))))
-    return Sizes(tokens, users, torch.get_num_threads(), token, _NUMBER * numbers)
+        users = max(1, min(_MOST_USERS[kind], int(_NUMBERS * free / user_bytes(numbers))))
+    return tokens, users
+
+
+def user_bytes(numbers: int) -> int:
+    """Bytes that a user with so many trained numbers takes in a cohort, at most."""
+    return _NUMBER * numbers
 
 
 def token_bytes(base: FleetBase, sample: Mapping[int, Encoded], rank: int) -> int:

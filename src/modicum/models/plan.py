@@ -31,6 +31,8 @@ RECORD_BYTES = 1024
 BASIS_BYTES = 4
 #: AdamW keeps two float32 moments per trained number, and its gradient is a third
 OPTIMIZER_BYTES, GRADIENT_BYTES = 8, 4
+#: options of PEFT configs that choose among layers
+_LAYERS = ("layers_to_transform", "layers_pattern")
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,37 @@ def make_plan(
             lora = BASELINES["lora"].trained(shapes, rank or ranks[0])
             rows.append(_row(method, rank, count, architecture, shapes, users, dtype, lora))
     return Plan(architecture.name, architecture.parameters, len(shapes), users, dtype, rows)
+
+
+@dataclass(frozen=True)
+class AdapterNumbers:
+    """Numbers of one adapter, and the frozen ones that all adapters of its base model share."""
+
+    trained: int
+    #: directions that are cached and carried from machine to machine: U alone, the input side follows from it
+    basis: int
+    #: directions that layers hold in memory, both sides
+    directions: int
+
+
+def adapter_numbers(
+    method: str, architecture: Architecture, rank: int, options: Mapping[str, Any]
+) -> AdapterNumbers:
+    """The numbers of an adapter of `rank` with the other `options` of its config, targets among them.
+
+    Raises:
+        TargetError: a target matches no linear layer, or the rank is larger than a layer.
+    """
+    shapes = architecture.shapes(
+        options.get("target_modules") or "all-linear",
+        exclude=options.get("exclude_modules"),
+        **{name: options[name] for name in _LAYERS if options.get(name) is not None},
+    )
+    chosen = ("r", "target_modules", "exclude_modules", *_LAYERS)
+    rest = {name: value for name, value in options.items() if name not in chosen}
+    count = _count(method, architecture, shapes, rank, rest)
+    both = sum(rank * (out + into) for out, into in shapes.values()) if count.basis else 0
+    return AdapterNumbers(count.trained, count.basis, both)
 
 
 @dataclass(frozen=True)

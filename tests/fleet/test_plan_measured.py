@@ -1,0 +1,232 @@
+"""What a plan is made of, out of real jobs: counts are those of the job, to the pass, the token and the byte."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+
+import pytest
+import torch
+from tests.fleet import fleets
+from tests.fleet.test_job import StopError, spec_in
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from modicum.cli._common import jsonable
+from modicum.errors import ConfigError, DataError
+from modicum.fleet.finished import read_measured
+from modicum.fleet.job import train_fleet
+from modicum.fleet.measure import measured_here
+from modicum.fleet.plan import Asked, plan
+from modicum.fleet.planning import facts_of
+from modicum.fleet.rates import Measured
+from modicum.fleet.sample import alike, sampled
+from modicum.fleet.work import Work
+from modicum.store import Store
+from modicum.store.record import encode
+
+#: rows of the users of both halves; the lengths of rows differ, too
+COUNTS = (6, 9, 14, 7, 1, 11)
+FIXED = {"tokens_per_pass": 300, "cohort_size": 2}
+
+
+def half(folder, name, counts=COUNTS, **sections):
+    folder = folder / name
+    folder.mkdir()
+    train = {"epochs": 4, "learning_rate": 2e-2, "evaluations": 3, **FIXED, **sections.pop("train", {})}
+    return spec_in(folder, counts, train=train, users={"held_out": 0.3, "test": 0.1}, **sections)
+
+
+@contextmanager
+def counted():
+    """The passes that a model really makes, by whether gradients are kept, and the tokens in them."""
+    found = {True: [0, 0], False: [0, 0]}
+
+    def hook(module, given):
+        if isinstance(module, nn.Embedding):
+            one = found[torch.is_grad_enabled()]
+            one[0] += 1
+            one[1] += given[0].numel()
+
+    handle = register_module_forward_pre_hook(hook)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    """A job that was measured, and one that it predicts, with what that one really did."""
+    folder = tmp_path_factory.mktemp("halves")
+    first, second = half(folder, "a"), half(folder, "b", (12, 5, 8, 8, 10, 3, 1))
+    train_fleet(first)
+    with counted() as passes:
+        report = train_fleet(second).report
+    return first, second, report, passes
+
+
+def test_a_measured_half_predicts_the_other_half(halves):
+    first, second, report, passes = halves
+    known = read_measured(first.folder)
+    sample = sampled(second)
+    found = plan(second, sample.users, known, facts_of(second), Asked(users=sample.count))
+    assert found.cohorts == report["timing"]["cohorts"] == 4
+    assert found.work.users == report["users"]["stored"] == 6
+    assert found.at_fault == report["users"]["faulty"] == 1
+    assert found.work.steps == report["timing"]["steps"]
+    assert [found.work.passes, found.work.tokens] == passes[True]
+    assert [found.work.looks, found.work.look_tokens] == passes[False]
+    with Store(second.store.path) as store:
+        records = [store.get(str(version)) for version in store.ls()]
+    assert found.store["numbers"] == sum(record.values.nbytes for record in records)
+    whole = sum(len(encode(record)) for record in records)
+    # a number of steps may have another digit
+    assert found.store["numbers"] + found.store["containers"] == pytest.approx(whole, rel=2e-3)
+    assert found.hours.low < found.hours.value < found.hours.high
+    assert set(found.notes) == {
+        "memory: without that of a pass, which was not measured",
+        "memory: without that of the process and its libraries, which was not measured",
+        "store: without index and log, which were not measured",
+    }
+
+
+def test_a_job_is_measured_by_its_cohorts(halves):
+    first, *_ = halves
+    known = read_measured(first.folder)
+    report = json.loads((first.folder / "report.json").read_text())
+    (rate,) = known.rates.values()
+    assert list(known.rates) == ["all_tokens"]
+    assert len(rate.seconds) == report["timing"]["cohorts"] == 3
+    assert sum(rate.seconds) == pytest.approx(report["timing"]["seconds"])
+    assert (known.tokens_per_pass, known.cohort_size, known.method) == (300, 2, "lora_xs")
+    assert known.stored == 1.0
+    again = Measured.of(json.loads(json.dumps(jsonable(known))))
+    assert again == known
+
+
+def test_rows_that_are_gone_or_changed_leave_steps(tmp_path):
+    spec = half(tmp_path, "a")
+    report = train_fleet(spec).report
+    fleets.table(tmp_path / "a" / "users.jsonl", (6, 9, 14, 8, 1, 11))
+    changed = read_measured(spec.folder)
+    (tmp_path / "a" / "users.jsonl").unlink()
+    gone = read_measured(spec.folder)
+    for known, part in ((changed, "those of u3"), (gone, "no file or folder")):
+        assert list(known.rates) == ["steps"]
+        assert sum(known.rates["steps"].work) == report["timing"]["steps"]
+        assert part in known.notes[0]
+    # the report may have been carried elsewhere
+    alone = read_measured(spec.folder / "report.json")
+    assert alone.rates["steps"].work == (report["timing"]["steps"],)
+    assert alone.rates["steps"].error is None
+    assert alone.container_bytes is None
+
+
+def test_an_unfinished_job_is_measured_by_what_is_finished(tmp_path):
+    spec = half(tmp_path, "a")
+
+    def stop(progress):
+        if progress.users == 4:
+            raise StopError
+
+    with pytest.raises(StopError):
+        train_fleet(spec, tell=stop)
+    known = read_measured(spec.folder)
+    assert len(known.rates["all_tokens"].work) == 2
+    with pytest.raises(StopError):
+        train_fleet(spec, overwrite=True, tell=lambda _: (_ for _ in ()).throw(StopError))
+    with pytest.raises(ConfigError, match="no cohort of the fleet"):
+        read_measured(spec.folder)
+
+
+def test_what_holds_no_measurement(tmp_path):
+    (tmp_path / "x.json").write_text("[1]")
+    (tmp_path / "y.json").write_text('{"kind": "fleet"}')
+    for path, part in (
+        (tmp_path, "no measured fleet"),
+        (tmp_path / "absent", "no measured fleet"),
+        (tmp_path / "x.json", "no measured fleet"),
+        (tmp_path / "y.json", "no report of a fleet"),
+    ):
+        with pytest.raises(ConfigError, match=part):
+            read_measured(path)
+
+
+def test_measured_on_this_machine(tmp_path, halves):
+    spec = half(tmp_path, "a", (12, 20, 14, 16), train={"tokens_per_pass": None, "cohort_size": None})
+    known = measured_here(spec, sampled(spec), 0.3)
+    assert set(known.rates) == {"tokens", "look_tokens", "users", "adapters"}
+    assert all(rate.each > 0 for rate in known.rates.values())
+    assert len(known.rates["tokens"].work) >= 4
+    assert known.start > 0
+    assert known.cohort_size == 256
+    assert known.token_bytes > 0
+    # records are those of a job, but for the names of users and the number of steps
+    job = read_measured(halves[0].folder)
+    assert known.container_bytes == pytest.approx(job.container_bytes, abs=12)
+    assert 100 < known.index_bytes < 1500
+    found = plan(spec, sampled(spec).users, known, facts_of(spec), Asked(users=1000))
+    assert set(found.worker_hours) == {"training", "held-out and test rows", "reading rows", "storing"}
+    assert found.notes == []
+    # nothing of it trains: the pass changes no number, and no folder is left
+    assert not spec.folder.exists()
+
+
+def test_bytes_of_a_job_with_enough_adapters_have_index_and_log(tmp_path):
+    spec = spec_in(
+        tmp_path, (2,) * 130, train={"epochs": 1, "min_steps": 1, "cohort_size": 130}, users={"held_out": 0.0}
+    )
+    train_fleet(spec)
+    known = read_measured(spec.folder)
+    with Store(spec.store.path) as store:
+        stats = store.stats()
+    whole = sum(stats.disk.values()) / stats.versions
+    numbers = 4 * facts_of(spec).ranks[4].trained
+    # files begin with some pages, which many adapters share
+    assert numbers + known.container_bytes + known.index_bytes == pytest.approx(whole, rel=0.3)
+
+
+@pytest.mark.parametrize("kind", ["lora_xs", "lora"])
+def test_numbers_by_shape_are_those_of_the_job(kind, tmp_path):
+    ranks = {"ranks": {0: 2, 10: 6}} if kind == "lora" else {}
+    spec = fleets.spec(kind, **ranks)
+    base = fleets.base(spec)
+    facts = facts_of(spec)
+    assert {rank: one.record.layout.size for rank, one in base.kinds.items()} == {
+        rank: one.trained for rank, one in facts.ranks.items()
+    }
+    narrow = fleets.spec(
+        kind,
+        method={
+            **fleets.METHODS[kind],
+            "target_modules": ["q_proj", "k_proj"],
+            "exclude_modules": ["k_proj"],
+        },
+    )
+    kinds = fleets.base(narrow).kinds
+    assert kinds[4].record.layout.size == facts_of(narrow).ranks[4].trained
+
+
+def test_users_like_each_other(tmp_path):
+    spec = half(tmp_path, "a")
+    sample = alike(spec, 10, 20, 10**6)
+    assert sample.count == 10**6
+    assert len(sample.users) == len(sample.learners) == 4096
+    one = sample.users[17]
+    # 30 % to judge by, 10 % for the test
+    assert (one.train, one.held_out, one.test) == ((20,) * 6, (20,) * 3, (20,))
+    with pytest.raises(ConfigError, match=r"too few .*; tokens = 99"):
+        alike(spec, 2, 99, 5)
+
+
+def test_a_sample_stands_for_all_users_in_equal_parts(tmp_path):
+    spec = half(tmp_path, "a", tuple(range(4, 24)))
+    every, some = sampled(spec), sampled(spec, 5)
+    assert every.count == some.count == 20
+    assert [one.order[0] for one in every.users] == list(range(4, 24))
+    assert [one.order[0] for one in some.users] == [6, 10, 14, 18, 22]
+    assert sum(every.reading.work) == 20
+    with pytest.raises(DataError, match="none of 2 users"):
+        sampled(half(tmp_path, "b", (1, 1)))
+    assert Work().times(3) == Work()
