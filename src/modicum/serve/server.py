@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import signal
 import socket
@@ -47,7 +48,8 @@ _FLUSH = 1.0
 _BACKLOG, _FILES = 2048, 1 << 16
 #: seconds that a connection stays without a request
 _IDLE = 30
-#: versions whose entries are remembered for every one in memory
+#: versions whose entries are remembered, and names, for every adapter that memory has room for: while the store is away
+#: no others can be served
 _REMEMBERED = 4
 #: seconds after the grace for last words to be sent
 _LAST_WORDS = 5
@@ -70,10 +72,11 @@ def open_service(settings: Settings) -> Iterator[Service]:
         limits = stack.enter_context(Limits(state))
         store = stack.enter_context(Store(settings.store)) if settings.store else None
         metrics = stack.enter_context(_metrics(settings))
-        source = None if store is None else Source(store, _REMEMBERED * settings.engine.slots)
+        remembered = _REMEMBERED * settings.engine.slots * settings.engine.replicas
+        source = None if store is None else Source(store, remembered)
         engine, tokenizer = open_engine(settings.engine, source, metrics)
         experiments = stack.enter_context(Experiments(state, store, base_name=settings.base_name))
-        names = Names(store, experiments, settings.base_name)
+        names = Names(store, experiments, settings.base_name, remembered)
         stack.callback(names.close)
         metrics.watch(engine)
         opened = (engine, tokenizer, names, keys, limits, metrics, experiments, store, source)
@@ -192,6 +195,9 @@ class Server:
         if self._ready is None or self._loop is None:
             return
         if threading.current_thread() is threading.main_thread():
+            # what there is now stays until the process ends: all would wait while it is looked through for garbage
+            gc.collect()
+            gc.freeze()
             # in place of uvicorn's, which would end the process before everything is closed
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._loop.add_signal_handler(number, self._begin_to_end)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 
 import psutil
 import pytest
 from tests.serve.servers import adapter
 
-from modicum.errors import MissingExtraError
-from modicum.serve.engine.interface import AdapterUnavailableError, Request, Sampling
+from modicum.errors import ConfigError, MissingExtraError
+from modicum.serve.engine.interface import AdapterUnavailableError, GenerationError, Request, Sampling
 from modicum.serve.ray.streams import together
 from modicum.serve.settings import EngineSettings
 from modicum.store import Store
@@ -110,6 +111,7 @@ def test_two_replicas_answer_as_one_engine_does(tmp_path):
     assert several[1] == alone[0]
     assert several[4] == alone[4]
     assert several[2].generated_tokens >= 3 * len(asked) * TOKENS
+    assert several[2].prompt_tokens >= 3 * len(asked) * 20
     # both have answered, and each knows what it has in memory
     assert several[2].pool.slots in (6, 12)
     assert several[3]
@@ -121,3 +123,176 @@ def test_two_replicas_answer_as_one_engine_does(tmp_path):
             break
         time.sleep(0.1)
     assert not left
+
+
+@contextlib.asynccontextmanager
+async def started(store, **settings):
+    """Two replicas that answer."""
+    from modicum.serve.engines import open_engine
+
+    engine, _ = open_engine(EngineSettings("embedded", **{**SETTINGS, "replicas": 2, **settings}), store)
+    await asyncio.to_thread(engine.start)
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+@contextlib.contextmanager
+def filled(folder, users: int = 8):
+    with Store(folder, create=True) as store:
+        for n in range(users):
+            store.put(f"user-{n}", adapter(n))
+        yield store
+
+
+def replicas() -> list[psutil.Process]:
+    """Processes that run engines for this one."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if " ".join(process.cmdline()).startswith("ray::ServeReplica"):
+                found.append(process)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_one_adapter_for_all_is_served_by_all(tmp_path):
+    pytest.importorskip("ray")
+
+    async def crowd(store) -> list[str]:
+        async with started(store, max_batch=2) as engine:
+            # a replica takes two batches; whoever comes then is served by the other one
+            found = await answers(engine, [("user-1@1", n % 3) for n in range(24)])
+            assert found == found[:3] * 8
+            end = time.monotonic() + 60
+            while len(engine.residents()) < 2 and time.monotonic() < end:
+                await asyncio.sleep(1.1)
+                await answers(engine, [("user-1@1", 0)] * 24)
+            return [one.version for one in engine.residents()]
+
+    with filled(tmp_path / "store") as store:
+        assert asyncio.run(crowd(store)) == ["user-1@1"] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_replica_that_is_killed_fails_its_requests_and_is_replaced(tmp_path):
+    pytest.importorskip("ray")
+    asked = [(f"user-{n}@1", n) for n in range(8)]
+
+    async def one(engine, version: str, seed: int) -> list[int] | GenerationError:
+        try:
+            return (await answers(engine, [(version, seed)]))[0]
+        except GenerationError as error:
+            return error
+
+    async def run(store):
+        async with started(store) as engine:
+            expected = await answers(engine, asked)
+            before = replicas()
+            assert len(before) == 2
+            long = [
+                engine.generate(Request((5, 6, n), Sampling(120, temperature=0.0, ignore_eos=True), version))
+                for version, n in asked
+            ]
+            for stream in long:
+                await anext(stream)
+            before[0].kill()
+            # to the end or to an error, and none of them hangs
+            ends = await asyncio.wait_for(asyncio.gather(*map(ended, long)), 60)
+            assert {end if isinstance(end, str) else type(end) for end in ends} <= {"length", GenerationError}
+            end = time.monotonic() + 60
+            while time.monotonic() < end:
+                found = await asyncio.gather(*(one(engine, *each) for each in asked))
+                now = replicas()
+                if found == expected and len(now) == 2 and before[0] not in now:
+                    break
+                await asyncio.sleep(0.2)
+            assert found == expected
+            assert len(now) == 2
+            assert before[0] not in now
+            # the new one answers as well
+            await asyncio.sleep(1.0)
+            assert await answers(engine, asked * 3) == expected * 3
+
+    with filled(tmp_path / "store") as store:
+        asyncio.run(run(store))
+
+
+async def ended(stream) -> str | Exception | None:
+    """How an answer ended."""
+    finish = None
+    try:
+        async for step in stream:
+            finish = step.finish or finish
+    except GenerationError as error:
+        return error
+    return finish
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_servers_share_a_cluster_and_leave_it_as_it_was(tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    from ray import serve
+
+    from modicum.serve.ray.engine import RayEngine
+
+    class Other:
+        def __call__(self) -> str:
+            return "still here"
+
+    asked = [("user-1@1", 0), ("user-2@1", 1), (None, 2)]
+
+    async def run(*stores):
+        settings = EngineSettings("embedded", **SETTINGS)
+        engines = [RayEngine(settings, store) for store in stores]
+        for engine in engines:
+            await asyncio.to_thread(engine.start)
+        try:
+            # each replica has a GPU where the cluster has some
+            assert ray.available_resources().get("GPU", 0) == 0
+            found = [await answers(engine, asked) for engine in engines]
+            await engines[0].close()
+            return found, await answers(engines[1], asked)
+        finally:
+            for engine in engines:
+                await engine.close()
+
+    for first, folder in ((0, "one"), (100, "two")):
+        with Store(tmp_path / folder, create=True) as store:
+            store.put_many((f"user-{n}", adapter(first + n)) for n in range(3))
+    ray.init("local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        handle = serve.run(serve.deployment(Other).bind(), name="other", route_prefix=None)
+        # the processes that are there have another working folder than this one has now
+        monkeypatch.chdir(tmp_path)
+        with Store("one") as one, Store("two") as two:
+            (first, second), again = asyncio.run(run(one, two))
+        assert first[:2] != second[:2]
+        assert first[2] == second[2]
+        assert again == second
+        assert handle.remote().result() == "still here"
+        assert list(serve.status().applications) == ["other"]
+        serve.shutdown()
+    finally:
+        ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_machine_has_no_room_for_is_refused_at_once(tmp_path):
+    pytest.importorskip("ray")
+    from modicum.serve.ray.engine import RayEngine
+
+    engine = RayEngine(EngineSettings("embedded", **SETTINGS, replicas=1000), None)
+    with pytest.raises(ConfigError, match=r"1000 replicas on this machine need 1000 CPUs, and it has \d+"):
+        engine.start()
+    assert not ray.is_initialized()
+    engine = RayEngine(EngineSettings(str(tmp_path / "nothing"), **SETTINGS), None)
+    with pytest.raises(ConfigError, match=r"the replicas do not start: .*nothing"):
+        engine.start()
+    assert not engine.alive
+    assert not ray.is_initialized()

@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
+import secrets
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modicum.errors import ConfigError, MissingExtraError, ModicumError
@@ -32,8 +35,13 @@ if TYPE_CHECKING:
     from modicum.serve.source import Source
     from modicum.store import Store
 
+_DEPLOYMENT = "engine"
 #: versions that are remembered
 _MOST_KNOWN = 100_000
+#: batches of a replica's, running and waiting there; more go to others, also if they have another adapter in memory
+_BATCHES = 2
+#: where Ray is told how many seconds a request waits for a replica that has its adapter; its own second is long
+_PATIENCE = "RAY_SERVE_MULTIPLEXED_MODEL_ID_MATCHING_TIMEOUT_S"
 
 
 class RayEngine(Engine):
@@ -48,7 +56,6 @@ class RayEngine(Engine):
         store: Store | Source | None,
         *,
         observer: Observer | None = None,
-        name: str = "modicum",
         cpus: float = 1.0,
     ) -> None:
         """`store`: one that every machine finds at the same place; `cpus`: what each replica asks the cluster for.
@@ -56,6 +63,7 @@ class RayEngine(Engine):
         Raises:
             MissingExtraError: Ray is not installed.
         """
+        os.environ.setdefault(_PATIENCE, "0.1")
         try:
             import ray  # noqa: F401
             from ray import serve  # noqa: F401
@@ -63,46 +71,89 @@ class RayEngine(Engine):
             raise MissingExtraError(
                 f"several replicas need Ray Serve ({error}): pip install 'modicum[ray]'"
             ) from error
-        self._settings, self._store, self._name, self._cpus = settings, store, name, cpus
+        self._settings, self._store, self._cpus = settings, store, cpus
+        # a cluster may have several servers, and an application of the same name would take the place of theirs
+        self._name = f"modicum-{secrets.token_hex(4)}"
         self._observer = observer or Observer()
         self._handle: Any = None
         # Ray refuses to wait in a thread that has an event loop, and its processes end with the thread that began them
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="modicum-ray")
-        self._began = False
+        #: whether this process came into the cluster here, and whether the cluster ends with it
+        self._joined = self._own = False
         self._asked = self._prompt = self._generated = 0
         self._closing = False
         #: versions that the store was asked for here, so that it is known which entry of its log they are
         self._known: set[str] = set()
-        self._reports: dict[str, tuple[float, Report]] = {}
+        #: by replica, the one that spoke last at the end
+        self._reports: dict[str, Report] = {}
 
     def start(self) -> None:
-        """Starts the replicas and returns when all of them take requests; a cluster is started if there is none."""
+        """Starts the replicas and returns when all of them take requests; a cluster is started if none is named.
+
+        Raises:
+            ConfigError: this machine has too little for all of them, or they do not start; the message says why.
+        """
         self._thread.submit(self._begin).result()
 
     def _begin(self) -> None:
         import ray
+
+        if not ray.is_initialized():
+            # a cluster that happens to run here is not ours to use
+            address = os.environ.get("RAY_ADDRESS") or "local"
+            ray.init(address, include_dashboard=False, log_to_driver=False, configure_logging=False)
+            self._joined, self._own = True, address == "local"
+        try:
+            self._deploy()
+        except BaseException:
+            self._end()
+            raise
+
+    def _deploy(self) -> None:
         from ray import serve
 
         from modicum.serve.ray.replica import Replica
 
-        if not ray.is_initialized():
-            ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
-            self._began = True
+        settings, wanted = self._settings, self._wanted()
         # requests come through our own server
         serve.start(proxy_location="Disabled")
-        settings = self._settings
         deployment = serve.deployment(
             Replica,
-            name="engine",
+            name=_DEPLOYMENT,
             num_replicas=settings.replicas,
-            max_ongoing_requests=settings.max_batch + settings.max_queue,
-            ray_actor_options={"num_cpus": self._cpus},
+            max_ongoing_requests=_BATCHES * settings.max_batch,
+            ray_actor_options=wanted,
+            # one that cannot start is told of at once
+            max_constructor_retry_count=settings.replicas,
             graceful_shutdown_timeout_s=5.0,
         )
-        alone = dataclasses.replace(settings, replicas=1)
-        address = None if self._store is None else self._store.location
-        self._handle = serve.run(deployment.bind(alone, address), name=self._name, route_prefix=None)
-        self.max_length = self._handle.about.remote().result()
+        alone = dataclasses.replace(settings, replicas=1, model=_everywhere(settings.model))
+        address = None if self._store is None else _everywhere(self._store.location)
+        try:
+            handle = serve.run(deployment.bind(alone, address), name=self._name, route_prefix=None)
+        except RuntimeError as error:
+            told = serve.status().applications[self._name].deployments[_DEPLOYMENT].message
+            raise ConfigError(f"the replicas do not start: {told.strip().splitlines()[-1]}") from error
+        self.max_length = handle.about.remote().result()
+        self._handle = handle
+
+    def _wanted(self) -> dict[str, float]:
+        """What each replica asks the cluster for: a GPU where there are some, unless the settings say otherwise."""
+        import ray
+
+        there, replicas = ray.cluster_resources(), self._settings.replicas
+        wanted = {"CPU": self._cpus}
+        if self._settings.device != "cpu" and there.get("GPU"):
+            wanted["GPU"] = 1.0
+        short = [
+            f"{replicas * each:g} {what}s, and it has {there.get(what, 0):g}"
+            for what, each in wanted.items()
+            if replicas * each > there.get(what, 0)
+        ]
+        # other clusters may grow
+        if short and self._own:
+            raise ConfigError(f"{replicas} replicas on this machine need {'; '.join(short)}")
+        return {f"num_{what.lower()}s": each for what, each in wanted.items()}
 
     async def close(self, grace: float = 0.0) -> None:
         """Returns when the replicas have ended, and the cluster if it was started here."""
@@ -119,10 +170,13 @@ class RayEngine(Engine):
         import ray
         from ray import serve
 
-        serve.delete(self._name)
-        if self._began:
+        if self._own:
             serve.shutdown()
+        elif self._name in serve.status().applications:
+            serve.delete(self._name)
+        if self._joined:
             ray.shutdown()
+        self._joined = self._own = False
 
     @property
     def alive(self) -> bool:
@@ -139,17 +193,19 @@ class RayEngine(Engine):
         await self._look_up(request.version)
         self._asked += 1
         stream = self._at(request.version).options(stream=True).generate.remote(request)
-        finished = False
+        told, finished = 0, False
         try:
+            # whoever has the last step asks for nothing more, so nothing can be counted behind it
             async for part in stream:
                 if not isinstance(part, list):
-                    self._reports[part.replica] = time.monotonic(), part
+                    self._heard(part)
                     continue
+                self._prompt += 0 if told else len(request.prompt)
                 for step in part:
+                    told += 1
                     self._generated += 1
                     finished = step.finish is not None
                     yield step
-            self._prompt += len(request.prompt)
         except Exception as error:
             raise _cause(error) from error
         finally:
@@ -175,11 +231,11 @@ class RayEngine(Engine):
 
     def residents(self) -> list[Resident]:
         """What the replicas have in memory, as they last said with an answer."""
-        return [one for _, report in self._reports.values() for one in report.residents]
+        return [one for report in self._reports.values() for one in report.residents]
 
     def stats(self) -> EngineStats:
         """What the replicas do, as they last said with an answer; what is asked and answered as counted here."""
-        reports = [report.stats for _, report in self._reports.values()]
+        reports = [report.stats for report in self._reports.values()]
         pools = [one.pool for one in reports]
         running = min(self._asked, self._settings.replicas * self._settings.max_batch)
         return EngineStats(
@@ -198,6 +254,13 @@ class RayEngine(Engine):
                 }
             ),
         )
+
+    def _heard(self, report: Report) -> None:
+        self._reports.pop(report.replica, None)
+        self._reports[report.replica] = report
+        # of those that were replaced there will be no other
+        while len(self._reports) > self._settings.replicas:
+            self._reports.pop(next(iter(self._reports)))
 
     async def _look_up(self, version: str | None) -> None:
         """Returns if the store has a version that is asked for here for the first time."""
@@ -225,3 +288,8 @@ def _cause(error: Exception) -> Exception:
     if isinstance(found, ModicumError):
         return found
     return error if isinstance(error, ModicumError) else GenerationError(f"a replica failed: {error}")
+
+
+def _everywhere(place: str) -> str:
+    """A folder by a name that holds in processes with another working folder; anything else as it is."""
+    return str(Path(place).resolve()) if Path(place).is_dir() else place

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ MOST_KNOWN = 100_000
 _REMEMBERED = 16
 #: seconds between two reports
 _REPORT = 1.0
+#: the cores that vLLM takes on a processor, `0-3`; lists for several engines of a machine are divided by |
+_CORES = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 class Replica:
@@ -36,6 +39,7 @@ class Replica:
 
         self._store = None if store is None else Store(store)
         self._source = None if self._store is None else Source(self._store, _REMEMBERED * settings.slots)
+        _take_cores()
         self._engine, _ = open_local(settings, self._source)
         self._engine.start()
         self._told = 0.0
@@ -50,14 +54,14 @@ class Replica:
             raise RuntimeError("the engine takes no requests any more")
 
     async def generate(self, request: Request) -> AsyncIterator[list[Step] | Report]:
-        """The steps, some at a time, the first one at once; now and then a report."""
+        """The steps, some at a time, the first one at once; now and then a report before them."""
         if request.version is not None:
             await self._refresh(request.version)
             await self.known(request.version)
         async for steps in together(self._engine.generate(request)):
+            if (report := self._report()) is not None:
+                yield report
             yield steps
-        if (report := self._report()) is not None:
-            yield report
 
     async def load(self, version: str, *, pin: bool) -> Resident:
         """See `Engine.load`."""
@@ -106,3 +110,10 @@ class Report:
         self.replica = replica
         self.stats: EngineStats = engine.stats()
         self.residents: list[Resident] = engine.residents()
+
+
+def _take_cores() -> None:
+    """Leaves the cores of this replica alone where the environment has a list for each of those on a machine."""
+    lists = os.environ.get(_CORES, "").split("|")
+    if len(lists) > 1:
+        os.environ[_CORES] = lists[serve.get_replica_context().rank.local_rank % len(lists)]
