@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from modicum.models.loading import load_base
 from modicum.store import Store
 from modicum.store.files import install, to_record
 from modicum.store.record import build
-from modicum.store.state import config_from, state_from
+from modicum.store.state import AdapterState, config_from, state_from
 
 MODEL = "embedded"
 
@@ -80,15 +82,14 @@ def prompts(count: int) -> list[list[int]]:
     return [common[: 40 + n % 9] + [20 + n] * (n % 3) for n in range(count)]
 
 
+#: kind of adapter → a model with one of it
+_ADAPTED: dict[str, Any] = {}
+
+
 def offline(store: str, version: str | None, prompt: list[int], tokens: int) -> list[int]:
     """The greedy answer of the version alone, by Transformers and PEFT."""
-    model = base()
-    if version is not None:
-        with Store(store) as opened:
-            record = opened.get(version)
-        model = install(model, config_from(record), state_from(record))
     ids = torch.tensor([prompt])
-    answer = model.generate(
+    answer = _model(store, version).generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=tokens,
@@ -96,3 +97,18 @@ def offline(store: str, version: str | None, prompt: list[int], tokens: int) -> 
         eos_token_id=None,
     )
     return answer[0, len(prompt) :].tolist()
+
+
+def _model(store: str, version: str | None) -> Any:
+    """The base model, or one with the version on it: adapters of one kind take turns on the same."""
+    if version is None:
+        if "" not in _ADAPTED:
+            _ADAPTED[""] = base()
+        return _ADAPTED[""]
+    with Store(store) as opened:
+        record = opened.get(version)
+    kind = json.dumps([record.method, record.config], sort_keys=True)
+    if kind not in _ADAPTED:
+        _ADAPTED[kind] = install(base(), config_from(record), state_from(record))
+    AdapterState.of(_ADAPTED[kind], "default").copy_from(state_from(record))
+    return _ADAPTED[kind]

@@ -23,6 +23,8 @@ async def answer(engine, asked: dict) -> dict:
     request = Request(tuple(asked["prompt"]), sampling, asked.get("version"), asked.get("salt", ""))
     steps = []
     try:
+        if asked.get("unload_first"):
+            await engine.unload(request.version)
         async for step in engine.generate(request):
             steps.append(step)
             if len(steps) == asked.get("leave_after"):

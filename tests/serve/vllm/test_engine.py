@@ -76,8 +76,10 @@ def test_few_slots_for_many_versions(ask, store_of_many, tmp_path):
     more = [{"prompt": prompt, "version": version} for version in versions[4:8]]
     bad = [{"prompt": prompt, "version": f"{name}@1"} for name in ("stranger", "damaged", "whole")]
     crowd = [{"prompt": prompt, "version": version} for version in versions[:6]]
-    found = ask([few, more, few, bad, crowd], slots=4, max_batch=4, max_queue=8)
-    expected = {version: offline(store, version, prompt, TOKENS) for version in versions[:8]}
+    # what is asked for by several at once is loaded once, also if all of them want to be rid of what it was before
+    cold = [{"prompt": prompt, "version": versions[8], "unload_first": True}] * 4
+    found = ask([few, more, few, bad, crowd, cold], slots=4, max_batch=4, max_queue=8)
+    expected = {version: offline(store, version, prompt, TOKENS) for version in versions[:9]}
     for asked, answers in zip((few, more, few), found["rounds"][:3], strict=True):
         assert [one.get("tokens", one) for one in answers["answers"]] == [
             expected[one["version"]] for one in asked
@@ -92,6 +94,9 @@ def test_few_slots_for_many_versions(ask, store_of_many, tmp_path):
     assert [one.get("tokens", one) for one in found["rounds"][4]["answers"]] == [
         expected[one["version"]] for one in crowd
     ]
+    before, after = found["rounds"][4:]
+    assert [one["tokens"] for one in after["answers"]] == [expected[versions[8]]] * 4
+    assert after["pool"]["misses"] - before["pool"]["misses"] == 1
 
 
 def _of_another_base(record):

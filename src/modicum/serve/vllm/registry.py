@@ -34,6 +34,8 @@ class Entry:
     #: what vLLM is given with each request under it, once it is loaded
     request: Any = None
     loading: asyncio.Task[Any] | None = None
+    #: whether the record was read; before, the entry can be nothing but what the store has now
+    read: bool = False
     method: str = ""
     rank: int = 0
     bytes: int = 0
@@ -93,9 +95,12 @@ class Registry:
             self._entries[version].pinned = False
 
     async def unload(self, version: str) -> bool:
-        """Whether vLLM knew the version and forgets it, at once or when the last request under it has ended."""
+        """Whether vLLM knew the version and forgets it, at once or when the last request under it has ended.
+
+        What is only about to be read is not known, and will be what the store has by then.
+        """
         entry = self._entries.get(version)
-        if entry is None:
+        if entry is None or not entry.read:
             return False
         entry.pinned, entry.leaving = False, True
         if not entry.leases:
@@ -159,6 +164,7 @@ class Registry:
         try:
             # damage and absence are found here, and the engine's process finds the record in memory
             record = await asyncio.to_thread(self._store.get, version)
+            entry.read = True
             entry.method, entry.rank = record.method, int(record.config.get("r", 16))
             entry.bytes = record.layout.size * self._llm.model_config.dtype.itemsize
             entry.request = asked(version, record)
