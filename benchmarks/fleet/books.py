@@ -2,7 +2,7 @@
 
 Users and rows are those of `users.py`: one user is one stretch of one book. The fleet is `recipes/fleet/users.yaml`.
 It is judged by test rows, which decided nothing; the evaluation reads every adapter out of the store again. Killed, it
-goes on when it is run again with the same folder.
+goes on when it is run again with the same folder; `serve_books.py` serves what is in it.
 
     python benchmarks/fleet/books.py --work build/books [--data ../shared/data] [--users 2048] [--threads 4]
 """
