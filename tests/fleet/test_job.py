@@ -15,7 +15,7 @@ from tests import small_checkpoints
 from tests.fleet import fleets
 
 from modicum.errors import ConfigError, DataError
-from modicum.fleet import job
+from modicum.fleet import job, worker
 from modicum.fleet.evaluate import evaluate_fleet
 from modicum.fleet.gather import name_of
 from modicum.fleet.job import train_fleet
@@ -164,7 +164,7 @@ def test_interrupted_anywhere_a_job_ends_with_the_same_store(tmp_path, monkeypat
     if moment == "gathered":
         stop(job, "gather", True, 1)
     elif moment == "trained":
-        stop(job.Training, "run", True, 2)
+        stop(worker.Training, "run", True, 2)
     elif moment == "stored":
         stop(Store, "put_many", True, 2)
     else:

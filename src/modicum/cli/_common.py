@@ -24,6 +24,15 @@ OutputOption = Annotated[Path, typer.Option(help="The folder to write.")]
 OverwriteFlag = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 SequenceLength = Annotated[int, typer.Option(help="Tokens in a sequence.")]
 
+#: what verbs take whose work can be spread over machines
+RayFlag = Annotated[
+    bool,
+    typer.Option(
+        "--ray",
+        help="Work on the Ray cluster that RAY_ADDRESS names, else on one of this machine that ends with it.",
+    ),
+]
+
 Advance = Callable[..., None]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from modicum.cli._common import JsonFlag, OverwriteFlag, emit, table
+from modicum.cli._common import JsonFlag, OverwriteFlag, RayFlag, emit, table
 
 
 def run(
@@ -32,6 +32,7 @@ def run(
         bool, typer.Option("--resume", help="Go on with an interrupted comparison; try failed runs again.")
     ] = False,
     overwrite: OverwriteFlag = False,
+    ray: RayFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Train and measure every cell of the comparison in FILE: method x rank x compression, over rates and seeds.
@@ -63,6 +64,7 @@ def run(
         spec,
         resume=resume,
         overwrite=overwrite,
+        ray=ray,
         say=lambda line: typer.echo(line, err=True),
         publish=write_report,
     )

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from modicum.cli._common import JsonFlag, emit, parse_overrides, progress, table
+from modicum.cli._common import JsonFlag, RayFlag, emit, parse_overrides, progress, table
 
 
 def run(
@@ -40,6 +40,7 @@ def run(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished search.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again.")] = False,
+    ray: RayFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Evaluate sub-networks of the adapter in FOLDER, and keep every point, the Pareto front and the best one.
@@ -80,6 +81,7 @@ def run(
             output,
             resume=resume,
             overwrite=overwrite,
+            ray=ray,
             tell=lambda point: advance(1, _said(point)),
         )
     emit(result, as_json, _show)

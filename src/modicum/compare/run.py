@@ -23,9 +23,11 @@ from modicum.compare.result import (
     run_rows,
 )
 from modicum.compare.spec import make_comparison
-from modicum.compare.workers import Outcome, Task, Workers
 from modicum.data.prepare import Prepared, prepare
 from modicum.errors import ConfigError, DataError
+from modicum.jobs.cluster import Cluster, require_ray
+from modicum.jobs.pool import Outcome, Pool, Task
+from modicum.jobs.processes import Processes
 from modicum.models.loading import load_tokenizer, quiet_transformers
 from modicum.store.atomic import write_text
 from modicum.train import artifacts
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
 REPORTS = ("report.html", "report.md")
 IDENTITY = "digests.json"
 ERRORS = "errors"
+#: what processes of this machine are forked with
+PRELOAD = ("modicum.compare.preload",)
 _LOCK = ".lock"
 
 
@@ -72,6 +76,7 @@ def run_comparison(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    ray: bool = False,
     say: Say = lambda _: None,
     publish: Publish = lambda _folder, _comparison: None,
 ) -> Compared:
@@ -79,21 +84,25 @@ def run_comparison(
 
     A cell that fails says why, and the others go on. `resume` keeps every finished run, continues the unfinished ones
     from their last checkpoint and tries failed ones again; the tables are those of a run that was never interrupted.
+    `ray`: on a cluster (see `Cluster`) whose machines all see the results; otherwise in processes of this machine.
 
     Raises:
         ConfigError, DataError: see `check`; or the folder holds another comparison, or one that is running.
+        MissingExtraError: `ray` without Ray.
     """
+    if ray:
+        require_ray()
     data, _ = check(spec)
     with _locked(spec.folder):
         digests = identity(spec, data)
         spec = _claim(spec, digests, resume=resume, overwrite=overwrite)
         about = conditions(spec, data, digests)
         busy = spec.options.workers * about["threads"]
-        if busy > about["cores"]:
+        if busy > about["cores"] and not ray:
             say(f"{busy} threads on {about['cores']} cores will wait for each other: take fewer workers")
         engine = _Engine(spec, data, about, say, publish)
-        with Workers(spec.options.workers, threads_of(spec)) as workers:
-            engine.run(workers)
+        with _pool(spec, ray=ray) as pool:
+            engine.run(pool)
         return Compared(spec.folder, engine.publish())
 
 
@@ -133,6 +142,12 @@ def check(spec: Spec) -> tuple[Prepared, dict[Cell, int]]:
     return data, counts
 
 
+def _pool(spec: Spec, *, ray: bool) -> Pool:
+    """Where the runs are: a process for each, so that peaks of memory are its own."""
+    workers, threads = spec.options.workers, threads_of(spec)
+    return Cluster(workers, threads, fresh=True) if ray else Processes(workers, threads, PRELOAD)
+
+
 def train_run(recipe: Recipe, data: Prepared, workers: int) -> dict[str, Any]:
     """The validation metrics of one run, trained now or continued; test rows stay unseen."""
     begun = (recipe.folder / artifacts.RECIPE).is_file()
@@ -165,7 +180,7 @@ class _Engine:
         self.pending: dict[Cell, int] = {}
         self.queue: deque[Task] = deque()
 
-    def run(self, workers: Workers) -> None:
+    def run(self, pool: Pool) -> None:
         """Do everything that is not done yet."""
         for name in self._used_bases():
             if self.bases[name] is None:
@@ -174,10 +189,10 @@ class _Engine:
                 self._open(name)
         # a report exists from the start, and what keeps it from being written is told now
         self.publish()
-        while self.queue or workers.busy:
-            while self.queue and workers.free:
-                workers.start(self.queue.popleft())
-            for outcome in workers.wait():
+        while self.queue or pool.busy:
+            while self.queue and pool.free:
+                pool.start(self.queue.popleft())
+            for outcome in pool.wait():
                 self._take(outcome)
 
     def publish(self) -> dict[str, Any]:

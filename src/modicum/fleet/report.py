@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from modicum.fleet.base import FleetBase
     from modicum.fleet.ledger import Ledger, Outcome
     from modicum.fleet.sizing import Sizes
     from modicum.fleet.spec import FleetSpec
@@ -41,8 +40,8 @@ _FENCE = 1.5
 _LEVELS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
-def summary(spec: FleetSpec, base: FleetBase, ledger: Ledger, sized: Sizes) -> dict[str, Any]:
-    """The report of a finished job, as plain values; `users` has one entry for each user."""
+def summary(spec: FleetSpec, about: Mapping[str, Any], ledger: Ledger, sized: Sizes) -> dict[str, Any]:
+    """The report of a finished job, as plain values; `about`: what it says of the base model."""
     outcomes = ledger.outcomes()
     seconds = sum(ledger.finished().values())
     counts = Counter(one.state for one in outcomes)
@@ -61,7 +60,6 @@ def summary(spec: FleetSpec, base: FleetBase, ledger: Ledger, sized: Sizes) -> d
         "metric": spec.metric,
         "measured_on": part,
         "gains": gains(users, spec.metric),
-        "numbers_per_adapter": {str(rank): kind.record.layout.size for rank, kind in base.kinds.items()},
         "timing": {
             "seconds": seconds,
             "adapters_per_hour": 3600 * trained / seconds if seconds else None,
@@ -69,7 +67,7 @@ def summary(spec: FleetSpec, base: FleetBase, ledger: Ledger, sized: Sizes) -> d
             "cohorts": len(ledger.finished()),
         },
         "sizes": sized.as_dict(),
-        "device": str(base.device),
+        **about,
         "versions": versions(),
         "faults": [_fault(one) for one in outcomes if one.state in ("faulty", "diverged")][:_SHOWN],
         "notes": [_noted(one) for one in outcomes if one.detail.get("notes")][:_SHOWN],

@@ -45,15 +45,17 @@ class Sizes:
         return asdict(self)
 
 
-def sizes(base: FleetBase, options: TrainOptions, sample: Encoded, rank: int) -> Sizes:
-    """The sizes that `options` give, and else what fits: measured with a step on rows of `sample`."""
+def sizes(base: FleetBase, options: TrainOptions, sample: Encoded, rank: int, share: float = 1.0) -> Sizes:
+    """The sizes that `options` give, and else what fits into a `share` of the memory that is free.
+
+    What a token takes is measured with a step on rows of `sample`.
+    """
     numbers = base.widest.record.layout.size
     token = None
     if options.tokens_per_pass is None:
         token = token_bytes(base, {0: sample}, rank)
-    tokens, users = fitting(
-        options, base.device.type, free_bytes(base.device), numbers, token, max(sample.lengths)
-    )
+    free = int(share * free_bytes(base.device))
+    tokens, users = fitting(options, base.device.type, free, numbers, token, max(sample.lengths))
     return Sizes(tokens, users, torch.get_num_threads(), token, user_bytes(numbers))
 
 

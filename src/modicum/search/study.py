@@ -83,10 +83,13 @@ class Study:
                 "with --overwrite"
             )
 
-    def draw(self) -> Any:
-        """The next trial that the sampler wants; `trial.params` are its choices. To be told or dropped."""
+    def draw(self, ahead: int = 0) -> Any:
+        """The next trial that the sampler wants; `trial.params` are its choices. To be told or dropped.
+
+        `ahead`: how many were drawn since the last point.
+        """
         # what is drawn depends on the points that are there: a resumed search goes on as if it had not stopped
-        seed = (self._options.seed * 1000 + self._worker) * 100_000 + len(self.points())
+        seed = (self._options.seed * 1000 + self._worker) * 100_000 + len(self.points()) + ahead
         self._study.sampler = _optuna().samplers.NSGAIISampler(
             population_size=self._options.population, seed=seed
         )

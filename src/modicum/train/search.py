@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import multiprocessing
 import signal
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,19 +15,24 @@ from modicum.data.files import load_rows
 from modicum.data.prepare import Prepared, encode, load_splits, prepare
 from modicum.errors import ConfigError, DataError, listing
 from modicum.evaluate.metrics import TASK_METRICS
+from modicum.jobs.cluster import Cluster, require_ray
+from modicum.jobs.pool import Task
 from modicum.models.loading import load_tokenizer, quiet_transformers
 from modicum.train import artifacts
 from modicum.train.recipe import load_recipe
 from modicum.train.run import finished_model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from modicum.data.encoded import Encoded
     from modicum.data.files import Rows
+    from modicum.jobs.pool import Pool
     from modicum.search.options import SearchOptions
     from modicum.search.result import SearchResult
-    from modicum.search.study import Point
+    from modicum.search.space import Choices
+    from modicum.search.strategies import EvaluateMany
+    from modicum.search.study import Found, Point
     from modicum.train.recipe import Recipe
 
 FOLDER = "search"
@@ -38,17 +45,20 @@ def search_run(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    ray: bool = False,
     tell: Callable[[Point], None] = lambda _: None,
 ) -> SearchResult:
     """The finished search of the super-network in the folder `run` of `modicum tune`.
 
     The study is kept in `output` (RUN/search when unset), with every point; `resume` goes on with it. `tell` is
-    called with every point this process evaluates.
+    called with every point this process evaluates. `ray`: each point is a task on a cluster (see `Cluster`) whose
+    machines all see `run`; points are drawn and kept here, the same ones for any number of workers.
 
     Raises:
         ConfigError: no finished run with an elastic adapter, options that do not fit, a budget that no sub-network
             keeps, or a study of something else in the folder.
         DataError: there are no rows to score on, or training or test rows are among them.
+        MissingExtraError: Optuna or Matplotlib is not installed, or Ray for `ray`.
     """
     from modicum.search.pareto import blank
     from modicum.search.result import clear, write_result
@@ -58,14 +68,20 @@ def search_run(
     target = Path(output) if output is not None else folder / FOLDER
     _check_free(target, resume=resume, overwrite=overwrite)
     blank()  # a missing library is told now, not after the search
+    if ray:
+        require_ray()
     with quiet_transformers():
         job = _Job(folder, recipe, options)
-        if overwrite:
-            clear(target)
-        target.mkdir(parents=True, exist_ok=True)
-        study = job.study(target)
-        with _workers(folder, options, target):
-            job.explore(study, tell)
+        with contextlib.ExitStack() as stack:
+            # a cluster that is not there is told before anything is written
+            pool = stack.enter_context(Cluster(options.workers)) if ray else None
+            if overwrite:
+                clear(target)
+            target.mkdir(parents=True, exist_ok=True)
+            study = job.study(target)
+            if pool is None:
+                stack.enter_context(_workers(folder, options, target))
+            job.explore(study, tell, many=pool and points_of(pool, folder, options))
         evaluator = job.evaluator
         return write_result(
             target, job.space, options, evaluator.maximized, study.points(), evaluator.budgets.whole
@@ -156,7 +172,9 @@ class _Job:
 
         return Study(target, self.space, self.options, self.evaluator.maximized, self._identity, worker)
 
-    def explore(self, study: Any, tell: Callable[[Point], None], worker: int = 0) -> None:
+    def explore(
+        self, study: Any, tell: Callable[[Point], None], worker: int = 0, many: EvaluateMany | None = None
+    ) -> None:
         """Evaluate until the study has all its points."""
         import torch
 
@@ -171,6 +189,7 @@ class _Job:
             maximized=evaluator.maximized,
             tell=tell,
             worker=worker,
+            many=many,
         )
         # processes that each take all threads wait for each other
         torch.set_num_threads(max(1, threads // self.options.workers))
@@ -221,6 +240,37 @@ def rows_digest(rows: Encoded) -> str:
 
 def _row(rows: Encoded, index: int) -> tuple[int, ...]:
     return tuple(rows[index]["input_ids"])
+
+
+def points_of(pool: Pool, folder: Path, options: SearchOptions) -> EvaluateMany:
+    """A function that evaluates sub-networks of the run in `folder` as tasks of `pool`.
+
+    What it raises is a `ModicumError` with the sub-network that failed.
+    """
+    values = options.model_dump_json()
+
+    def many(batch: Sequence[Choices]) -> Iterator[tuple[int, Found, float]]:
+        tasks = (Task(at, evaluated, (str(folder), values, choices)) for at, choices in enumerate(batch))
+        for outcome in pool.outcomes(tasks):
+            at: Any = outcome.key
+            yield at, *outcome.result(f"the sub-network {dict(batch[at])}")
+
+    return many
+
+
+def evaluated(folder: str, options: str, choices: Choices) -> tuple[Found, float]:
+    """A task: what the sub-network of `choices` gives, and the seconds it took."""
+    with quiet_transformers():
+        job, began = _loaded(folder, options), time.monotonic()
+        return job.evaluator(choices), time.monotonic() - began
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(folder: str, options: str) -> _Job:
+    """Model and rows of a search, which a process keeps from one point to the next."""
+    from modicum.search.options import SearchOptions
+
+    return _Job(Path(folder), finished_recipe(Path(folder)), SearchOptions.model_validate_json(options))
 
 
 @contextlib.contextmanager

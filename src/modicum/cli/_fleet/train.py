@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from modicum.cli._common import Advance, JsonFlag, emit, progress
+from modicum.cli._common import Advance, JsonFlag, RayFlag, emit, progress
 from modicum.cli._fleet._shared import FileArgument, SetOption, loaded, shown
 
 
@@ -20,6 +20,10 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Begin the job again; what is in the store stays there.")
     ] = False,
+    ray: RayFlag = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="With --ray: cohorts at a time; 1 when unset.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Train an adapter for every user of FILE and put it into the store, if it is better than the base model.
@@ -32,6 +36,10 @@ def train(
 
     if resume and overwrite:
         raise ConfigError("--resume keeps what is there, --overwrite starts again: give one of them")
+    if workers and not ray:
+        raise ConfigError(
+            "--workers are for --ray: without it this process trains one cohort after the other"
+        )
     spec = loaded(file, changes, output)
     seen = 0
     with contextlib.ExitStack() as stack:
@@ -47,7 +55,9 @@ def train(
             bar[0](now.steps - seen, f"({now.users}/{now.of_users} users, {rate})")
             seen = now.steps
 
-        result = train_fleet(spec, resume=resume, overwrite=overwrite, tell=tell)
+        result = train_fleet(
+            spec, resume=resume, overwrite=overwrite, workers=(workers or 1) if ray else None, tell=tell
+        )
     emit({"folder": str(result.folder), **result.report}, as_json, _table)
 
 

@@ -1,7 +1,7 @@
-"""Work in processes of its own: one fresh process for each piece, so that memory and failures are its alone.
+"""Processes of this machine: one fresh process for each task, so that memory and failures are its alone.
 
-A process that did one run after another would report the peak of the largest one for all, and keep what they left
-behind; a run that the system kills would take the next ones along. What makes fresh processes dear is importing the
+A process that did one task after another would report the peak of the largest one for all, and keep what they left
+behind; a task that the system kills would take the next ones along. What makes fresh processes dear is importing the
 libraries (5 s), so where it can be, they are forked from a server that has imported them and done nothing else (0.1 s).
 """
 
@@ -13,40 +13,16 @@ import os
 import signal
 import sys
 import threading
-import traceback
 from dataclasses import dataclass
 from multiprocessing import connection
 from typing import TYPE_CHECKING, Any, Self, final
 
-from modicum.errors import ModicumError
+from modicum.jobs.pool import Outcome, Pool, Task, attempt
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from collections.abc import Callable, Hashable, Sequence
     from multiprocessing.context import ForkServerContext, SpawnContext
     from multiprocessing.process import BaseProcess
-
-#: what the server of processes has imported
-_PRELOAD = ["modicum.compare.preload"]
-
-
-@dataclass(frozen=True)
-class Task:
-    """One piece of work: a function of a module, called in a process of its own."""
-
-    key: Hashable
-    call: Callable[..., Any]
-    arguments: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a task: its value, or why there is none."""
-
-    key: Hashable
-    value: Any = None
-    error: str | None = None
-    #: where the error came from
-    trace: str = ""
 
 
 @dataclass
@@ -57,24 +33,20 @@ class _Running:
 
 
 @final
-class Workers:
-    """Up to `count` processes at a time, with `threads` threads each. Within a `with` block; leaving it ends them."""
+class Processes(Pool):
+    """A process for each task; a task whose process is ended is not begun again."""
 
-    def __init__(self, count: int, threads: int) -> None:
-        self.count, self.threads = count, threads
-        self._context = context()
+    def __init__(self, count: int, threads: int, preload: Sequence[str] = ()) -> None:
+        """`preload`: modules that the server of processes imports."""
+        self.count, self.threads, self.share = count, threads, 1 / count
+        self._context = context(preload)
         #: slot -> what runs in it
         self._running: dict[int, _Running] = {}
 
     @property
-    def free(self) -> bool:
-        """Whether another task can be started."""
-        return len(self._running) < self.count
-
-    @property
-    def busy(self) -> bool:
-        """Whether any task is running."""
-        return bool(self._running)
+    def running(self) -> int:
+        """How many tasks were started and not waited for."""
+        return len(self._running)
 
     def start(self, task: Task) -> None:
         """Start `task` in a process of its own."""
@@ -114,7 +86,7 @@ class Workers:
         return Outcome(running.key, value, error, trace)
 
 
-def context() -> SpawnContext | ForkServerContext:
+def context(preload: Sequence[str] = ()) -> SpawnContext | ForkServerContext:
     """The way processes are started: from a server with everything imported, or each from nothing.
 
     Libraries that see a GPU when they are imported begin to use it, which a forked process cannot go on with.
@@ -124,7 +96,8 @@ def context() -> SpawnContext | ForkServerContext:
     if sys.platform != "linux" or torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
     found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(_PRELOAD)
+    if preload:
+        found.set_forkserver_preload(list(preload))
     return found
 
 
@@ -171,12 +144,7 @@ def _work(
     import torch
 
     torch.set_num_threads(threads)
-    try:
-        answer = call(*arguments), None, ""
-    except ModicumError as error:
-        answer = None, str(error), traceback.format_exc()
-    except Exception as error:  # noqa: BLE001, whatever it is, the other runs go on
-        answer = None, f"{type(error).__name__}: {error}", traceback.format_exc()
+    answer = attempt(call, arguments)
     with contextlib.suppress(BrokenPipeError):
         writer.send(answer)
     writer.close()

@@ -1,0 +1,50 @@
+"""A Ray cluster for tests: of this machine, two processes at a time, shared by the tests of a module."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import psutil
+import pytest
+
+
+@contextlib.contextmanager
+def two_workers():
+    """Within, this process has joined a cluster of its own with room for two tasks."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed (modicum[ray])")
+    ray.init("local", num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def processes(name: str = "") -> list[psutil.Process]:
+    """What runs below this process that is Ray's; only those at work on the function `name`, if it is given."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            if any(word.startswith(f"ray::{name}") or (not name and "/ray/" in word) for word in words):
+                found.append(process)
+    return found
+
+
+def at_work() -> list[psutil.Process]:
+    """Ray's processes below this one that have a task of ours just now."""
+    return processes("_work")
+
+
+def gone(wanted: list[psutil.Process]) -> bool:
+    """Whether these processes end within half a minute."""
+    return not psutil.wait_procs(wanted, timeout=30)[1]
+
+
+def wait_for(found, seconds: float = 120):
+    """What `found()` gives once it is not empty."""
+    until = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    return value
