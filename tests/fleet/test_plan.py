@@ -204,6 +204,15 @@ def test_memory_sizes_cohorts_as_the_job_does():
     assert (own.tokens_per_pass, own.cohort_size) == (50, 3)
 
 
+def test_a_pass_takes_what_the_process_grew_by():
+    grown = measured(token_grown=9.5)
+    assert plan(spec(), [user(0)], grown, FACTS, Asked()).memory["a pass"] == 950
+    # sizes are those of the job, which goes by tensors
+    asked = Asked(memory=20_000 / GIB)
+    found = plan(spec(), [user(0)], grown, FACTS, asked)
+    assert found.tokens_per_pass == plan(spec(), [user(0)], measured(), FACTS, asked).tokens_per_pass == 1050
+
+
 def test_what_was_not_measured_is_said():
     bare = measured(
         token_bytes=None, base_bytes=None, process_bytes=None, container_bytes=None, index_bytes=None

@@ -13,6 +13,7 @@ import psutil
 
 from modicum.data.encoded import Encoded, EncodedRow
 from modicum.evaluate.memory import weight_bytes
+from modicum.evaluate.resources import reset_peaks, resident_peak
 from modicum.fleet.base import load_fleet_base
 from modicum.fleet.cohort import Cohort
 from modicum.fleet.gather import name_of
@@ -58,7 +59,8 @@ def measured_here(spec: FleetSpec, sample: Sample, seconds: float) -> Measured:
         base = load_fleet_base(spec)
     start = time.perf_counter() - began
     own = weight_bytes(base.model)
-    beside = None if base.device.type == "cuda" else max(0, psutil.Process().memory_info().rss - own)
+    before = psutil.Process().memory_info().rss
+    reset_peaks()
     target = 0.0 if base.task == "seq_cls" else None
     longest = [EncodedRow([base.tokenizer.pad_token_id] * spec.data.max_length, target=target)] * 4
     rows = Encoded(longest, class_targets=True)
@@ -70,6 +72,11 @@ def measured_here(spec: FleetSpec, sample: Sample, seconds: float) -> Measured:
     judged = {slot: part for slot, (_, one) in enumerate(chosen) if (part := one.held_out or one.test)}
     if judged:
         rates["look_tokens"] = _timed(_looking(cohort, judged, sized.tokens), (1 - _TRAINING) * seconds)
+    grown = beside = None
+    if base.device.type == "cpu":
+        # also what kernels take, and what the allocator does not give back
+        grown = max(0, (resident_peak() or before) - before) / max(max(rate.work) for rate in rates.values())
+        beside = max(0, before - own)
     if sample.reading is not None:
         rates["users"] = sample.reading
     puts = _puts(base, cohort, spec, chosen)
@@ -87,6 +94,7 @@ def measured_here(spec: FleetSpec, sample: Sample, seconds: float) -> Measured:
         rates=rates,
         start=start,
         token_bytes=sized.token_bytes or token_bytes(base, {0: rows}, spec.all_ranks[-1]),
+        token_grown=grown,
         base_bytes=own,
         process_bytes=beside,
         container_bytes=record - numbers * DTYPE_BYTES[spec.store.dtype],

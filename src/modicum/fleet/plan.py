@@ -312,7 +312,7 @@ def _memory(
     if measured.token_bytes is None:
         notes.append("memory: without that of a pass, which was not measured")
     else:
-        found["a pass"] = tokens * measured.token_bytes
+        found["a pass"] = round(tokens * max(measured.token_bytes, measured.token_grown or 0.0))
     if measured.process_bytes is None:
         notes.append("memory: without that of the process and its libraries, which was not measured")
     else:

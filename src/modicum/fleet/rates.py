@@ -64,8 +64,10 @@ class Measured:
     stored: float = 1.0
     #: seconds until a process can train
     start: float | None = None
-    #: bytes of one token in a pass, of the base model as it is for cohorts, and of all else in the process
+    #: bytes of one token in a pass as tensors, by which jobs size passes; and by how much it made the process grow
     token_bytes: int | None = None
+    token_grown: float | None = None
+    #: bytes of the base model as it is for cohorts, and of all else in the process before its first pass
     base_bytes: int | None = None
     process_bytes: int | None = None
     #: bytes of a record beyond its numbers, and of index and log for it

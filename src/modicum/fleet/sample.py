@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from modicum.fleet.ledger import User
     from modicum.fleet.spec import FleetSpec
 
-#: users whose rows are counted at most, and users that are read in one sample of time
-_SAMPLE, _TOGETHER = 4096, 64
+#: users whose rows are counted at most; users read in one sample of time at most, and samples at least
+_SAMPLE, _TOGETHER, _PARTS = 4096, 64, 8
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,9 @@ def sampled(spec: FleetSpec, limit: int | None = _SAMPLE) -> Sample:
         named = in_order(ledger.users())
         few = len(named) if limit is None else min(limit, len(named))
         chosen = [named[(2 * at + 1) * len(named) // (2 * few)] for at in range(few)]
-        for at in range(0, few, _TOGETHER):
-            began, part = time.perf_counter(), chosen[at : at + _TOGETHER]
+        together = max(1, min(_TOGETHER, few // _PARTS))
+        for at in range(0, few, together):
+            began, part = time.perf_counter(), chosen[at : at + together]
             for one in part:
                 rank = spec.rank_of(one.rows)
                 learner = prepare_user(ledger.rows_of(one), spec, base, rank).learner
