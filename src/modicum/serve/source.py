@@ -10,8 +10,6 @@ import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING, final
 
-from modicum.errors import NotStoredError
-
 if TYPE_CHECKING:
     from modicum.store import Store
     from modicum.store.record import Record
@@ -37,12 +35,10 @@ class Source:
         Raises:
             NotStoredError, CorruptAdapterError, StoreError: see `Store.get`.
         """
-        found = self._store.find_put(version)
-        record = self._store.get(version)
-        if found is None or self._store.find_put(version) != found:
-            raise NotStoredError(f"{version} was purged while it was loaded")
+        # both in one look at the store: what is put under a purged name meanwhile is another entry
+        record, entry = self._store.get_put(version)
         with self._lock:
-            self._entries[version] = found[1]
+            self._entries[version] = entry
             self._entries.move_to_end(version)
             while len(self._entries) > self._most:
                 self._entries.popitem(last=False)

@@ -52,8 +52,17 @@ class Readable(abc.ABC):
             NotStoredError: no such version; the nearest thing is named.
             CorruptAdapterError: it is damaged.
         """
+        return self.get_put(version)[0]
+
+    def get_put(self, version: str | Reference) -> tuple[Record, int]:
+        """What `get` gets, and the entry of the log that put it (see `find_put`), seen at one moment."""
         wanted = reference(version)
-        return self._read(lambda view: _records(view, [resolve(view, wanted)])[0])
+
+        def read(view: Snapshot) -> tuple[Record, int]:
+            found = resolve(view, wanted)
+            return _records(view, [found])[0], found.entry
+
+        return self._read(read)
 
     def get_bytes(self, version: str | Reference) -> bytes:
         """The bytes of a version's record, as in a `.modicum` file, checked to the last bit."""

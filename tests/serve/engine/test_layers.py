@@ -12,12 +12,16 @@ from hypothesis import strategies as st
 from tests.laws.cases import METHODS, base_layer, close, fitted, method_id
 from tests.models_for_tests import gpt2, llama, tokens
 from tests.serve.engine.adapters_for_tests import offline, record_of
+from torch.nn import functional as F
 
 from modicum.adapters import registry
 from modicum.quant.native import build
 from modicum.serve.engine import native
+from modicum.serve.engine.families import LANES
+from modicum.serve.engine.interface import AdapterUnavailableError
 from modicum.serve.engine.layers import ServedLinear
 from modicum.serve.engine.slots import Slots
+from modicum.store.record import build as build_record
 
 #: methods whose updates are of low rank
 SERVED = [case for case in METHODS if case[0] not in ("qa_hira", "sparse_peft", "qa_sparse_peft")]
@@ -246,3 +250,34 @@ def test_a_layer_that_sees_other_tokens_than_the_step_refuses():
     slots.step([slots.acquire("a@1")], [4])
     with pytest.raises(RuntimeError, match="step of 4 tokens"), torch.no_grad():
         base(tokens(1, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16", "int8"])
+def test_a_row_of_the_pool_holds_the_cores_transposed_and_scaled(arithmetic, stored, dtype):
+    base = llama().to(dtype)
+    record = record_of(base, "lora_xs", dtype=stored, r=5, alpha=20)
+    slots = Slots(base, lambda _: record, slots=1, max_rank=16)
+    slots.acquire("a@1")
+    held, packing = slots._by_version["a@1"], slots._directions.packing
+    for name, core in record.tensors():
+        rank, offset, _ = held.family.places[slots._loader.names.index(name.removesuffix(".R"))]
+        row = held.row.values[offset : offset + packing.outer_size(rank, LANES)]
+        wanted = F.pad(torch.from_numpy(4 * core.T), (0, LANES - 5)).to(dtype)
+        assert torch.equal(packing.outer_of(row, rank, LANES), wanted)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("number", [3e38, -3e38])
+def test_numbers_that_are_too_large_once_they_are_scaled_are_refused(arithmetic, stored, number):
+    base = llama()
+    record = record_of(base, "lora_xs", r=4, alpha=16)
+    tensors = {name: value.copy() for name, value in record.tensors()}
+    next(reversed(tensors.values()))[-1, -1] = number
+    about = {name: getattr(record, name) for name in ("config", "base_fingerprint", "basis_fingerprint")}
+    large = build_record("lora_xs", tensors, stored, **about)
+    slots = Slots(base, {"a@1": record, "a@2": large}.__getitem__, slots=1, max_rank=16)
+    slots.release(slots.acquire("a@1"))
+    with pytest.raises(AdapterUnavailableError, match="values too large"):
+        slots.acquire("a@2")
+    assert [one.version for one in slots.residents()] == ["a@1"]

@@ -20,6 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from modicum.errors import CorruptAdapterError, listing
+from modicum.serve.engine import native
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -117,22 +118,26 @@ class Family(abc.ABC):
         return self.table.nbytes
 
     @abc.abstractmethod
-    def numbers(self, record: Record) -> Tensor:
-        """The row (width,) of a record, float32."""
-
     def row(self, record: Record, dtype: torch.dtype) -> Tensor:
         """The row (width,) of a record.
 
         Raises:
             CorruptAdapterError: a number is not finite.
         """
-        row = self.numbers(record).to(dtype)
-        if not bool(torch.isfinite(row).all()):
-            raise CorruptAdapterError(
-                f"{_broken(record)}: the training diverged or the record is damaged; train it again with a lower "
-                "learning rate, or fetch it again"
-            )
-        return row
+
+
+def _finite(row: Tensor, record: Record) -> Tensor:
+    """The row of a record, if all its numbers are finite."""
+    if not bool(torch.isfinite(row).all()):
+        raise _diverged(record)
+    return row
+
+
+def _diverged(record: Record) -> CorruptAdapterError:
+    return CorruptAdapterError(
+        f"{_broken(record)}: the training diverged or the record is damaged; train it again with a lower learning "
+        "rate, or fetch it again"
+    )
 
 
 def _broken(record: Record) -> str:
@@ -183,9 +188,16 @@ class Cores(Family):
         """The table, and where each number of a row comes from."""
         return self.table.nbytes + self._source.nbytes + self._scale.nbytes
 
-    def numbers(self, record: Record) -> Tensor:
+    def row(self, record: Record, dtype: torch.dtype) -> Tensor:
         """The scaled, transposed cores."""
-        return torch.from_numpy(np.take(record.floats(), self._source) * self._scale)
+        if dtype not in native.KINDS or not native.available():
+            taken = torch.from_numpy(np.take(record.floats(), self._source))
+            return _finite((taken * torch.from_numpy(self._scale)).to(dtype), record)
+        values = record.values if record.dtype == "bfloat16" else record.floats()
+        row = torch.empty(self.width, dtype=dtype)
+        if not native.fill(row, values, self._source, self._scale):
+            raise _diverged(record)
+        return row
 
 
 class Factors(Family):
@@ -209,12 +221,12 @@ class Factors(Family):
     def factors(self, record: Record) -> Iterator[tuple[int, Tensor, Tensor, float]]:
         """(layer, B (out, r), A (r, in), scaling) of every layer, in the order of the places."""
 
-    def numbers(self, record: Record) -> Tensor:
+    def row(self, record: Record, dtype: torch.dtype) -> Tensor:
         """A and scaling · Bᵀ of every layer."""
         packed = []
         for _, b, a, scaling in self.factors(record):
             packed += [self.packing.inner(a), self.packing.outer(b.T * scaling)]
-        return torch.cat(packed)
+        return _finite(torch.cat(packed).to(dtype), record)
 
 
 @final

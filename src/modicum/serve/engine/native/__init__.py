@@ -82,6 +82,27 @@ def available() -> bool:
     return _library() is not None
 
 
+def fill(row: torch.Tensor, values: np.ndarray, places: np.ndarray, scales: np.ndarray) -> bool:
+    """Whether all numbers of `row`, which now are `values[places] * scales`, are finite.
+
+    `row` is of one of `KINDS` and has whole registers; `values` are float32, or bfloat16 as uint16; `places` int32,
+    `scales` float32. Python's lock is kept: a dozen calls of NumPy, each of which gives it away, wait for it as often.
+    """
+    library = _library()
+    assert library is not None
+    return bool(
+        library.modicum_fill(
+            values.ctypes.data,
+            int(values.dtype == np.uint16),
+            places.ctypes.data,
+            scales.ctypes.data,
+            row.numel(),
+            row.data_ptr(),
+            KINDS[row.dtype],
+        )
+    )
+
+
 def adapter_function():  # noqa: ANN201 - a function of ctypes
     """`modicum_adapt(step, layer, x, y)`: adds to y, at an address, what adapters make of x; None without a library."""
     library = _library()
@@ -101,6 +122,8 @@ def _loaded() -> CDLL | None:
         return None
     library.modicum_adapt.argtypes = (c_void_p, c_int64, c_void_p, c_void_p)
     library.modicum_adapt.restype = None
+    library.modicum_fill.argtypes = (c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64)
+    library.modicum_fill.restype = c_int64
     return library
 
 

@@ -284,6 +284,33 @@ INLINE void tokens_of(const step *all, int64_t layer, const uint8_t *x, uint8_t 
     }
 }
 
+/* A row of the pool: numbers of a record from the places where they lie, scaled; and whether all of them are finite. */
+INLINE int row_of(const uint8_t *from, int from_kind, const int32_t *places, const float *scales, int64_t count, uint8_t *to,
+                  int kind) {
+    const vector nothing = {0};
+    words broken = {0};
+    for (int64_t at = 0; at < count; at += LANES) {
+        vector values;
+        for (int lane = 0; lane < LANES; lane++) values[lane] = number(from, from_kind, places[at + lane]);
+        store(to, kind, at, values * *(const loose *)(scales + at));
+        const vector kept = load(to, kind, at);
+        broken |= (words)(kept - kept != nothing);
+    }
+    int finite = 1;
+    for (int lane = 0; lane < LANES; lane++) finite &= !broken[lane];
+    return finite;
+}
+
+/* The same for each pair of types; `count` is a multiple of STRIP. */
+int64_t modicum_fill(const uint8_t *from, int64_t from_kind, const int32_t *places, const float *scales, int64_t count,
+                     uint8_t *to, int64_t kind) {
+    if (kind == FLOAT32)
+        return from_kind == FLOAT32 ? row_of(from, FLOAT32, places, scales, count, to, FLOAT32)
+                                    : row_of(from, BFLOAT16, places, scales, count, to, FLOAT32);
+    return from_kind == FLOAT32 ? row_of(from, FLOAT32, places, scales, count, to, BFLOAT16)
+                                : row_of(from, BFLOAT16, places, scales, count, to, BFLOAT16);
+}
+
 /* ---- threads: those of the OpenMP runtime that the caller already uses ---- */
 
 typedef void parallel(void (*)(void *), void *, unsigned, unsigned);
