@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import dataclasses
+import threading
 
 import pytest
 import torch
@@ -231,6 +232,47 @@ def test_fewer_slots_than_versions_in_the_queue():
                 mixed()["a2@1"], (9,), 3
             )
             assert [one.version for one in engine.residents()] == ["a2@1", "a0@1"]
+
+    asyncio.run(main())
+
+
+def test_versions_of_waiting_requests_are_in_memory_before_their_turn():
+    """As many as half of the slots run or wait with their versions held; the others' may stay for who asks again."""
+    go_on = threading.Event()
+
+    class Halted(Observer):
+        def step(self, sequences, tokens, seconds):
+            assert go_on.wait(30)
+
+    async def main():
+        async with serving(mixed(), observer=Halted(), max_batch=1, slots=8) as engine:
+            await engine.load("lora@1")
+            asked = [request(prompt(i, 5), f"a{i}@1", count=4) for i in range(6)]
+            answers = [asyncio.create_task(tokens(engine, one)) for one in asked]
+            held = {f"a{i}@1" for i in range(4)}
+            for _ in range(3000):
+                if {one.version for one in engine.residents() if one.requests} == held:
+                    break
+                await asyncio.sleep(0.005)
+            # the first step has not ended: one request runs, one is next, and two more were fetched for
+            assert {one.version: one.requests for one in engine.residents()} == {
+                **dict.fromkeys(held, 1),
+                "lora@1": 0,
+            }
+            # what waits may leave, and makes room for the next
+            answers.pop(2).cancel()
+            for _ in range(3000):
+                if {one.version for one in engine.residents() if one.requests} == held - {"a2@1"} | {"a4@1"}:
+                    break
+                await asyncio.sleep(0.005)
+            assert {one.version for one in engine.residents() if one.requests} == held - {"a2@1"} | {"a4@1"}
+            go_on.set()
+            found = await asyncio.gather(*answers)
+            assert engine.stats().pool.evictions == 0
+            await settled(engine)
+        del asked[2]
+        for one, answer in zip(asked, found, strict=True):
+            assert answer == Offline("small").greedy(mixed()[one.version], one.prompt, 4)
 
     asyncio.run(main())
 

@@ -230,15 +230,6 @@ def test_loaded_inside_and_outside_of_inference_mode(base, method):
     assert not numbers(slots, slots.acquire("a@2")).requires_grad
 
 
-def test_prefetched_versions_are_there_and_broken_ones_harm_nobody(slots, reader):
-    slots.prefetch(["a@1", "gone@1", "a@2"])
-    slots._prefetching.shutdown()
-    slots._prefetching = None
-    assert {one.version for one in slots.residents()} == {"a@1", "a@2"}
-    slots.acquire("a@1")
-    assert slots.stats().hits == 1
-
-
 def test_memory_is_what_is_said_and_does_not_grow(base, reader):
     slots = Slots(copy.deepcopy(base), reader, slots=4, max_rank=16)
     lora = record_of(base, "peft:LORA", r=3)

@@ -1,9 +1,10 @@
 """The embedded engine: Transformers' continuous batching with an adapter of its own for every sequence.
 
-    generate() → queue of places → the version is loaded in a thread → generation thread → tokens
+    generate() → the version is loaded in a thread → queue of places → generation thread → tokens
 
-A sequence takes a place first, then its version, then it joins the batch: so the pool is never asked for more
-versions than can run soon, and a load only ever delays the one that needs it.
+The first of those that wait, as many as half of the slots, have their versions loaded and hold them until they run. So
+a place is never waited for by a load, what is fetched is never evicted before its turn, and a thousand waiting requests
+want no thousand slots.
 """
 
 from __future__ import annotations
@@ -44,10 +45,12 @@ if TYPE_CHECKING:
     from modicum.store import Store
     from modicum.store.record import Record
 
-#: sequences beyond a full batch that have their version in memory, so that a free place is never waited for
+#: sequences beyond a full batch that have joined it, so that a free place is never waited for
 _AHEAD = 0.25
-#: threads that load versions
-_LOADERS = 4
+#: the share of the slots for versions of sequences that run or wait; the others keep what may be asked for again
+_FETCHED = 0.5
+#: threads that load versions; more would wait for each other, as one thread runs Python at a time
+_LOADERS = 2
 #: deaths of the generation thread, one after the other without a step between, after which it is given up
 _DEATHS = 3
 #: seconds between two looks at the generation thread, and between two tries for a slot
@@ -124,7 +127,7 @@ class EmbeddedEngine(Engine):
         self._watch: threading.Thread | None = None
         self._closing = threading.Event()
         self._dead = False
-        self._places: asyncio.Semaphore | None = None
+        self._queues: tuple[asyncio.Semaphore, asyncio.Semaphore] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ends = Pace()
 
@@ -225,29 +228,30 @@ class EmbeddedEngine(Engine):
             GenerationError: it failed later on, e.g. because the adapter gave NaN.
         """
         check(request, self.max_length, self._vocabulary)
-        places = self._room()
+        fetched, places = self._room()
         row = Running(next(self._numbers), request, asyncio.get_running_loop())
         self._table.add(row)
         try:
-            async with places:
-                await self._join(row)
-                while True:
-                    what = await row.arrived.get()
-                    if isinstance(what, Exception):
-                        raise what
-                    yield what
-                    if what.finish is not None:
-                        self._ends.one()
-                        return
+            async with fetched:
+                if request.version is not None:
+                    row.lease = await self._lease(row, request.version)
+                async with places:
+                    self._join(row)
+                    while True:
+                        what = await row.arrived.get()
+                        if isinstance(what, Exception):
+                            raise what
+                        yield what
+                        if what.finish is not None:
+                            self._ends.one()
+                            return
         finally:
             if not row.over and self._batching is not None:
                 self._batching.cancel(row.id)
             # one that finished is forgotten when its pages are
             self._table.end(row, forget=not row.over)
 
-    async def _join(self, row: Running) -> None:
-        if row.request.version is not None:
-            row.lease = await self._lease(row, row.request.version)
+    def _join(self, row: Running) -> None:
         # before it is so: whoever ends the thread looks for it
         row.joined = True
         batching = self._batching
@@ -285,8 +289,8 @@ class EmbeddedEngine(Engine):
         if self._slots is not None:
             self._slots.release(lease)
 
-    def _room(self) -> asyncio.Semaphore:
-        """The places, if there is room to wait for one."""
+    def _room(self) -> tuple[asyncio.Semaphore, asyncio.Semaphore]:
+        """Who may have a version loaded, and who may join the batch, if there is room to wait for that."""
         if not self.alive:
             if self._dead or self._closing.is_set() or self._batching is None:
                 raise OverloadedError("the engine is stopped", retry_after=10.0)
@@ -298,10 +302,12 @@ class EmbeddedEngine(Engine):
                 retry_after=self._ends.seconds(max(1, waiting)),
             )
         loop = asyncio.get_running_loop()
-        if self._places is None or self._loop is not loop:
-            batch = self._settings.max_batch
-            self._places, self._loop = asyncio.Semaphore(batch + max(1, int(batch * _AHEAD))), loop
-        return self._places
+        if self._queues is None or self._loop is not loop:
+            batch, slots = self._settings.max_batch, self._settings.slots
+            places = batch + max(1, int(batch * _AHEAD))
+            fetched = max(places, int(slots * _FETCHED))
+            self._queues, self._loop = (asyncio.Semaphore(fetched), asyncio.Semaphore(places)), loop
+        return self._queues
 
     async def load(self, version: str, *, pin: bool = False) -> Resident:
         """The version, in memory now; a pinned one stays there."""

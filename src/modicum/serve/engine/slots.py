@@ -6,11 +6,9 @@ another. Loading happens in the caller's thread and stops nobody else's.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast, final
 
@@ -33,15 +31,12 @@ from modicum.serve.engine.loader import Loader
 from modicum.serve.engine.shelves import Row, Shelves
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import nn
 
     from modicum.serve.engine.families import Family
     from modicum.store.record import Record
-
-#: versions that `prefetch` loads at a time
-_LOADERS = 2
 
 
 @dataclass(frozen=True)
@@ -109,10 +104,10 @@ class Slots:
         self._batch = Batch(self._directions, self._loader.shapes, dtype, use_native=use_native)
         self._served: dict[str, ServedLinear] = {}
         self._lock = threading.Lock()
-        self._prefetching: ThreadPoolExecutor | None = None
         #: the last used last; retired versions are not in it
         self._by_version: OrderedDict[str, _Held] = OrderedDict()
         self._slots: list[_Held | None] = [None] * slots
+        self._empty = list(range(slots - 1, -1, -1))
         self._generations = [0] * slots
         self._hits = self._misses = self._evictions = self._failures = 0
         #: of the running step
@@ -185,15 +180,6 @@ class Slots:
             self._free_retired(held)
             return True
 
-    def prefetch(self, versions: Iterable[str]) -> None:
-        """Loads versions in the background; what cannot be had is left to the request that wants it."""
-        with self._lock:
-            if self._prefetching is None:
-                self._prefetching = ThreadPoolExecutor(_LOADERS, thread_name_prefix="modicum-prefetch")
-            for version in versions:
-                if version not in self._by_version:
-                    self._prefetching.submit(self._fetch, version)
-
     def residents(self) -> list[Resident]:
         """All adapters in memory, the last used first."""
         with self._lock:
@@ -249,22 +235,19 @@ class Slots:
 
     def remove(self) -> None:
         """Puts the base layers back and frees all memory; nothing may run any more."""
-        if self._prefetching is not None:
-            self._prefetching.shutdown(cancel_futures=True)
         with self._lock:
             self._batch.active = False
             for name, layer in self._served.items():
                 _replace(self._model, name, layer.base)
             self._served.clear()
 
-    def _room(self) -> tuple[int, _Held | None]:
-        """A slot, and what has to leave it; called with the lock."""
-        slot = next((i for i, one in enumerate(self._slots) if one is None), None)
-        if slot is not None:
-            return slot, None
+    def _room(self) -> _Held | None:
+        """What has to leave for another one, None where there is an empty slot; called with the lock."""
+        if self._empty:
+            return None
         old = next((one for one in self._by_version.values() if self._idle(one)), None)
         if old is not None:
-            return old.slot, old
+            return old
         places = f"all {len(self._slots)} places for adapters"
         if all(one is not None and one.pinned for one in self._slots):
             raise OverloadedError(f"{places} are pinned; unpin one, or start the server with more slots")
@@ -273,13 +256,13 @@ class Slots:
     def _claim(self, held: _Held, family: Family) -> Row:
         """A row for a version in a slot of its own; nobody else sees it yet."""
         with self._lock:
-            slot, old = self._room()
-            if old is not None:
+            if (old := self._room()) is not None:
                 del self._by_version[old.version]
                 self._free(old)
                 self._evictions += 1
             row = self._shelves.take(family.width)
-            held.slot, self._slots[slot] = slot, held
+            held.slot = slot = self._empty.pop()
+            self._slots[slot] = held
             self._generations[slot] += 1
             return row
 
@@ -321,6 +304,7 @@ class Slots:
 
     def _free(self, held: _Held) -> None:
         self._slots[held.slot] = None
+        self._empty.append(held.slot)
         self._generations[held.slot] += 1
         self._shelves.give_back(cast("Row", held.row))
 
@@ -333,10 +317,6 @@ class Slots:
                     served = ServedLinear(self._loader.sites[layer].module, layer, self._batch)
                     self._served[name] = served.train(self._loader.sites[layer].module.training)
                     _replace(self._model, name, served)
-
-    def _fetch(self, version: str) -> None:
-        with contextlib.suppress(AdapterUnavailableError, OverloadedError):
-            self.release(self.acquire(version))
 
 
 def _parts(held: Sequence[_Held | None], lengths: Sequence[int]) -> list[Part]:
