@@ -176,11 +176,12 @@ def test_a_long_list_does_not_make_the_store_look_gone(names, store, monkeypatch
     assert resolve(names, "ada@3").version == "ada@3"
 
 
-def test_only_so_many_answers_are_kept(names, monkeypatch):
-    monkeypatch.setattr(module, "_KEPT", 2)
+def test_only_so_many_answers_are_kept(store):
+    names = Names(store, most=2)
     for model in ("ada", "bob", "team/eve"):
         resolve(names, model)
     assert len(names._last) == 2
+    names.close()
 
 
 def test_an_experiment_is_a_model(names, experiments):

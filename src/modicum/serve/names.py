@@ -33,10 +33,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _AWAY = "the adapter store does not answer; ask again in a moment"
 #: answers that are kept for when the store is gone, and the seconds they may be old
-_KEPT, _AGE = 10_000, 3600.0
+_KEPT, _AGE = 1000, 3600.0
 #: seconds that the store may take to answer, and for which it is left alone if it did not
 _PATIENCE, _PAUSE = 5.0, 1.0
-_THREADS = 8
+#: each has a connection to the store, with a cache of its own
+_THREADS = 4
 #: names in the neighbourhood from which suggestions are chosen
 _NEAR = 100
 
@@ -60,12 +61,16 @@ class Choice:
 
 @final
 class Names:
-    """What the names in requests mean now."""
+    """What the names in requests mean now; `most` answers of the store are remembered, the last asked for."""
 
     def __init__(
-        self, store: Store | None, experiments: Experiments | None = None, base_name: str = "base"
+        self,
+        store: Store | None,
+        experiments: Experiments | None = None,
+        base_name: str = "base",
+        most: int = _KEPT,
     ) -> None:
-        self._store, self._experiments, self._base = store, experiments, base_name
+        self._store, self._experiments, self._base, self._most = store, experiments, base_name, most
         self._threads = ThreadPoolExecutor(_THREADS, "names")
         self._turns = asyncio.Semaphore(_THREADS)
         self._last: OrderedDict[tuple[str, ...], tuple[float, tuple[str, int] | None]] = OrderedDict()
@@ -164,7 +169,7 @@ class Names:
         else:
             self._last[key] = (time.monotonic(), found)
             self._last.move_to_end(key)
-            if len(self._last) > _KEPT:
+            if len(self._last) > self._most:
                 self._last.popitem(last=False)
         return found
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+import threading
+from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -119,7 +122,7 @@ class Work:
 class Frame:
     """One stretch of time as the page draws it: rates per second, durations in seconds, None where there were none."""
 
-    #: its end, seconds since 1970
+    #: its end, seconds since 1970; the first field: frames are found by it
     at: float
     requests: float
     errors: float
@@ -144,27 +147,48 @@ class Timeline:
     """Frames of one second for ten minutes, and of ten seconds for an hour."""
 
     def __init__(self) -> None:
-        self._fine: deque[Frame] = deque(maxlen=600)
-        self._coarse: deque[Frame] = deque(maxlen=360)
+        self._fine, self._coarse = _Ring(600), _Ring(360)
         self._gathered, self._parts, self._seconds = Work(), 0, 0.0
 
     def add(self, at: float, seconds: float, work: Work, gauges: Gauges) -> None:
         """Returns when what was done in the `seconds` before `at` is in; a coarse frame has the gauges of its end."""
-        self._fine.append(_frame(at, seconds, work, gauges))
+        self._fine.add(_frame(at, seconds, work, gauges))
         self._gathered.merge(work)
         self._parts, self._seconds = self._parts + 1, self._seconds + seconds
         if self._parts == _COARSE:
-            self._coarse.append(_frame(at, self._seconds, self._gathered, gauges))
+            self._coarse.add(_frame(at, self._seconds, self._gathered, gauges))
             self._gathered, self._parts, self._seconds = Work(), 0, 0.0
 
     def since(self, moment: float = 0.0, *, coarse: bool = False) -> dict[str, list[Any]]:
         """The frames that ended later, oldest first, as one list for each of their fields."""
-        frames = [frame for frame in tuple(self._coarse if coarse else self._fine) if frame.at > moment]
-        return _columns(frames)
+        return (self._coarse if coarse else self._fine).since(moment)
 
 
-def _columns(frames: Sequence[Frame]) -> dict[str, list[Any]]:
-    return {one.name: [getattr(frame, one.name) for frame in frames] for one in fields(Frame)}
+class _Ring:
+    """The last frames, in memory that is taken once: what a server holds must not grow for its first hour."""
+
+    def __init__(self, most: int) -> None:
+        self._rows, self._count = np.full((most, len(fields(Frame))), np.nan), 0
+        self._lock = threading.Lock()
+
+    def add(self, frame: Frame) -> None:
+        told = [getattr(frame, one.name) for one in fields(Frame)]
+        with self._lock:
+            self._rows[self._count % len(self._rows)] = [np.nan if value is None else value for value in told]
+            self._count += 1
+
+    def since(self, moment: float) -> dict[str, list[Any]]:
+        with self._lock:
+            rows = np.roll(self._rows, -self._count, axis=0)
+        # a row without a frame is later than nothing
+        columns = rows[rows[:, 0] > moment].T.tolist()
+        return {one.name: _told(one.type, column) for one, column in zip(fields(Frame), columns, strict=True)}
+
+
+def _told(kind: Any, column: list[float]) -> list[Any]:
+    if kind == "int":
+        return [int(value) for value in column]
+    return [None if math.isnan(value) else value for value in column]
 
 
 def _frame(at: float, seconds: float, work: Work, gauges: Gauges) -> Frame:
