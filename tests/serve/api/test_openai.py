@@ -327,6 +327,17 @@ def test_tokens_that_the_model_does_not_have(client):
             _complete(client, prompt=[token])
 
 
+def test_there_are_no_embeddings_and_it_says_why(client):
+    with pytest.raises(openai.NotFoundError, match=r"no embeddings here.*/v1/chat/completions") as caught:
+        client.embeddings.create(model="base", input=PROMPT)
+    error = caught.value
+    assert (error.code, error.type, error.param) == (
+        "embeddings_not_supported",
+        "invalid_request_error",
+        None,
+    )
+
+
 def test_unknown_models(client):
     for model in ("nobody", "team/ada@9", "team/ada@nothing", "../../etc", "base@1", "a b", "@", "é"):
         with pytest.raises(openai.NotFoundError) as caught:

@@ -69,7 +69,12 @@ def test_without_a_valid_key_nothing(served, client, key):
         answer = httpx.get(f"{served.url}/v1/models", headers={"Authorization": "Bearer ü".encode()})
         assert answer.status_code == 401
         return
-    for action in (lambda c: _ask(c, "base"), lambda c: c.models.list(), lambda c: c.models.retrieve("base")):
+    for action in (
+        lambda c: _ask(c, "base"),
+        lambda c: c.models.list(),
+        lambda c: c.models.retrieve("base"),
+        lambda c: c.embeddings.create(model="base", input="x"),
+    ):
         with pytest.raises(openai.AuthenticationError) as caught:
             action(client(key))
         assert caught.value.code == "invalid_api_key"

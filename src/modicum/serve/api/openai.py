@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 #: tokens of a completion where no number is asked for, as in the OpenAI API
 _COMPLETION_TOKENS = 16
+#: what asking for embeddings is answered with
+_NO_EMBEDDINGS = "embeddings_not_supported"
 #: models that are listed; all others are found by name
 _MOST_LISTED = 1000
 
@@ -37,7 +39,7 @@ Body = ChatBody | CompletionBody
 
 
 def router(service: Service) -> APIRouter:
-    """`/v1/completions`, `/v1/chat/completions` and `/v1/models`."""
+    """`/v1/completions`, `/v1/chat/completions`, `/v1/models`, and why there is no `/v1/embeddings`."""
     routes = APIRouter(prefix="/v1")
 
     @routes.post("/completions")
@@ -47,6 +49,17 @@ def router(service: Service) -> APIRouter:
     @routes.post("/chat/completions")
     async def chats(request: Request, key: Caller) -> Response:
         return await _answer(service, request, key, ChatBody)
+
+    @routes.post("/embeddings")
+    async def embeddings(key: Caller) -> Response:
+        """There are none here; clients that ask learn why, see docs/design/serving.md."""
+        service.metrics.request(key.name).done("refused", error=_NO_EMBEDDINGS)
+        raise ApiError(
+            404,
+            "there are no embeddings here: models that generate text are served, and no hidden states are told. Ask "
+            "/v1/completions or /v1/chat/completions, or a server of encoders",
+            code=_NO_EMBEDDINGS,
+        )
 
     @routes.get("/models")
     async def models(key: Caller) -> dict[str, Any]:
