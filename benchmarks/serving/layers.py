@@ -1,10 +1,12 @@
 """What adapters cost in a forward step, against the same model with none in the step; ratios within one run.
 
 A random Llama of 110M parameters (hidden 768, 12 layers), adapters of rank 16 on all linear layers. Decoding is one
-token of each sequence, prefill 128 tokens of each of 4, which is what the engine takes at a time. Steps of all variants
-are taken in turn; a ratio is that of the tenth percentiles, and of the medians.
+token of each sequence, prefill 128 tokens of each of 4, which is what the engine takes at a time, and with --prefill
+128 tokens of each of 64 at once. Steps of all variants are taken in turn; a ratio is that of the tenth percentiles, and
+of the medians.
 
     python benchmarks/serving/layers.py [--threads 1] [--repeats 60] [--small] [--only float32]
+    python benchmarks/serving/layers.py --prefill [--repeats 5]      8,192 tokens in one step, about six minutes
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from modicum.store.record import Record, build
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-RESULT = Path(__file__).parent / "results" / "serving_layers.json"
+RESULTS = Path(__file__).parent / "results"
 RANK = 16
 MOST = 64
 #: name -> (sequences, tokens of each)
@@ -42,8 +44,11 @@ STEPS = {
     "decode, batch 64": (64, 1),
     "prefill, 512 tokens": (4, 128),
 }
+PREFILL = {"prefill, 64 × 128 tokens": (64, 128)}
 #: variants that take several times as long
 SLOW = ("PEFT LoRA, distinct",)
+#: what a step of seconds is measured with
+QUICK = ("no adapters", "LoRA-XS, distinct", "LoRA-XS, identical")
 
 
 def llama(dtype: torch.dtype, small: bool) -> LlamaForCausalLM:
@@ -178,42 +183,56 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=60)
+    parser.add_argument("--repeats", type=int, default=0, help="60, or 5 with --prefill")
+    parser.add_argument(
+        "--prefill", action="store_true", help="64 prompts of 128 tokens in one step, that alone"
+    )
     parser.add_argument("--small", action="store_true", help="small shapes, nothing written")
     parser.add_argument("--only", choices=("float32", "bfloat16"), help="nothing written")
     parser.add_argument("--without-peft", action="store_true", help="nothing written")
     arguments = parser.parse_args()
+    arguments.repeats = arguments.repeats or (5 if arguments.prefill else 60)
     torch.set_num_threads(arguments.threads)
     found: dict[str, Any] = {}
     for name in ("float32", "bfloat16"):
-        if arguments.only not in (None, name):
-            continue
-        model, calls = variants(getattr(torch, name), arguments.small)
-        if arguments.without_peft:
-            calls = {kind: call for kind, call in calls.items() if kind not in SLOW}
-        found[name] = {}
-        for step, (rows, length) in STEPS.items():
-            generator = torch.Generator().manual_seed(0)
-            ids = torch.randint(0, model.config.vocab_size, (rows, length), generator=generator)
-            # of fewer tokens more steps, which are noisier
-            repeats = max(2, arguments.repeats * 64 // max(ids.numel(), 32))
-            found[name][step] = summary(measured(calls, ids, repeats))
-            print(name, step, json.dumps(found[name][step], indent=1), flush=True)
-        del model, calls
-        gc.collect()
+        if arguments.only in (None, name):
+            found[name] = measured_as(name, arguments)
+            gc.collect()
     if arguments.small or arguments.only or arguments.without_peft:
         return
+    options = f"{'--prefill ' if arguments.prefill else ''}--threads {arguments.threads}"
     about = {
         "what": "what adapters cost in a forward step",
-        "command": f"python benchmarks/serving/layers.py --threads {arguments.threads} --repeats {arguments.repeats}",
+        "command": f"python benchmarks/serving/layers.py {options} --repeats {arguments.repeats}",
         "versions": {name: version(name) for name in ("modicum", "torch", "transformers", "peft")},
         "threads": arguments.threads,
         "native": native.available(),
     }
     note = f"{arguments.threads} thread{'s' if arguments.threads > 1 else ''}; all variants in turn."
     values = {**about, **found, "table": table(found, note)}
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    RESULTS.mkdir(exist_ok=True)
+    result = RESULTS / f"serving_{'prefill' if arguments.prefill else 'layers'}.json"
+    result.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def measured_as(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The steps in one number type."""
+    model, calls = variants(getattr(torch, name), arguments.small)
+    if arguments.without_peft:
+        calls = {kind: call for kind, call in calls.items() if kind not in SLOW}
+    if arguments.prefill:
+        calls = {kind: calls[kind] for kind in QUICK}
+    found = {}
+    for step, (rows, length) in (PREFILL if arguments.prefill else STEPS).items():
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, model.config.vocab_size, (rows, length), generator=generator)
+        # of fewer tokens more steps, which are noisier
+        repeats = (
+            arguments.repeats if arguments.prefill else max(2, arguments.repeats * 64 // max(ids.numel(), 32))
+        )
+        found[step] = summary(measured(calls, ids, repeats))
+        print(name, step, json.dumps(found[step], indent=1), flush=True)
+    return found
 
 
 if __name__ == "__main__":

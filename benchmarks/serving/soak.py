@@ -3,9 +3,11 @@
 `modicum serve` with a pool smaller than what is asked for, so that adapters come and go all the time; requests by
 Zipf's law, some clients leave in the middle, some name what does not exist, some ask for the base model. Every second
 the memory of the server is looked at. Told is the slope after a warm-up, with an interval: half minutes are averaged,
-and a line through the averages has a slope with Student's 95 % interval.
+and a line through the averages has a slope with Student's 95 % interval. Quarters of the time after the warm-up tell
+whether growth goes on with requests, or was something that fills.
 
     python benchmarks/serving/soak.py [--seconds 600] [--adapters 5000] [--slots 256]
+    python benchmarks/serving/soak.py --fast      short prompts and answers: several times as many requests
 """
 
 from __future__ import annotations
@@ -28,22 +30,25 @@ sys.path.insert(0, str(Path(__file__).parent))
 from load import Outcome, Plan, random_prompts, run, zipf
 from stored import fill, server
 
-RESULT = Path(__file__).parent / "results" / "serving_soak.json"
-MODEL, RANK, PROMPT, TOKENS, CLIENTS = "embedded", 16, 48, 24, 32
+RESULTS = Path(__file__).parent / "results"
+MODEL, RANK, CLIENTS = "embedded", 16, 32
+#: tokens of prompts and answers, and the name of the result; with --fast and without
+SIZES = {True: (8, 2, "serving_soak_fast"), False: (48, 24, "serving_soak")}
 #: parts that averages are taken of, and how many of them warm up
 PARTS, WARM = 20, 4
+QUARTERS = 4
 
 
 async def soak(url: str, pid: int, given: argparse.Namespace) -> tuple[Outcome, list[tuple[float, float]]]:
     """What became of the requests, and (second, MiB) once a second."""
     draw, memory = zipf(given.adapters, 1.0, 0), []
-    process = psutil.Process(pid)
+    process, (prompt, tokens, _) = psutil.Process(pid), SIZES[given.fast]
 
     def model(number: int) -> str:
         return "nobody" if number % 50 == 0 else "base" if number % 10 == 1 else f"user-{draw()}"
 
     plan = Plan(
-        url=url, model=model, prompt=random_prompts(PROMPT, 4096, 0), tokens=TOKENS, requests=1_000_000,
+        url=url, model=model, prompt=random_prompts(prompt, 4096, 0), tokens=tokens, requests=1_000_000,
         seconds=given.seconds, clients=CLIENTS, leaving=0.05,
     )  # fmt: skip
 
@@ -68,6 +73,21 @@ def slope(memory: list[tuple[float, float]]) -> dict[str, float]:
     return {"mib_per_hour": 3600 * float(line.slope), "half_interval": 3600 * float(half)}
 
 
+def by_quarter(memory: list[tuple[float, float]], outcome: Outcome) -> list[float]:
+    """Bytes that each request left behind, by a line through each quarter of the time after the warm-up."""
+    warm, ends = (
+        np.array(memory[len(memory) * WARM // PARTS :]),
+        [one.last or one.start for one in outcome.answers],
+    )
+    found = []
+    for part in np.array_split(warm, QUARTERS):
+        seconds, mib = part.T
+        requests = sum(seconds[0] <= end < seconds[-1] for end in ends)
+        grown = stats.linregress(seconds, mib).slope * (seconds[-1] - seconds[0])
+        found.append(float(grown) * 2**20 / max(requests, 1))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -75,6 +95,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--adapters", type=int, default=5000)
     parser.add_argument("--slots", type=int, default=256)
+    parser.add_argument("--fast", action="store_true", help="short prompts and answers")
     parser.add_argument("--small", action="store_true", help="some seconds, nothing written")
     given = parser.parse_args()
     if given.small:
@@ -93,36 +114,47 @@ def main() -> None:
         store = fill(Path(folder) / "store", MODEL, given.adapters, RANK)
         with server(MODEL, store, Path(folder) / "state", *options) as (url, pid):
             outcome, memory = asyncio.run(soak(url, pid, given))
-    grown = slope(memory)
-    told = outcome.summary()
+    result = told(outcome, memory, given)
+    print(json.dumps(result["table"], indent=1))
+    if not given.small:
+        RESULTS.mkdir(exist_ok=True)
+        file = RESULTS / f"{SIZES[given.fast][2]}.json"
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def told(outcome: Outcome, memory: list[tuple[float, float]], given: argparse.Namespace) -> dict[str, Any]:
+    grown, quarters, summary = slope(memory), by_quarter(memory, outcome), outcome.summary()
     warm = memory[len(memory) * WARM // PARTS :]
+    prompt, tokens, _ = SIZES[given.fast]
+    unknown = summary["errors"].get("404", 0)
     rows = [
-        ["seconds", f"{told['seconds']:.0f}"],
-        ["requests answered", f"{told['answered']:,}"],
-        ["clients that left in the middle", f"{told['left']:,}"],
-        ["names that do not exist, refused", f"{told['errors'].get('404', 0):,}"],
-        ["other errors", f"{sum(told['errors'].values()) - told['errors'].get('404', 0):,}"],
-        ["tokens per second", f"{told['tokens_per_second']:,.0f}"],
+        ["seconds", f"{summary['seconds']:.0f}"],
+        ["requests answered", f"{summary['answered']:,}"],
+        ["clients that left in the middle", f"{summary['left']:,}"],
+        ["names that do not exist, refused", f"{unknown:,}"],
+        ["other errors", f"{sum(summary['errors'].values()) - unknown:,}"],
+        ["tokens per second", f"{summary['tokens_per_second']:,.0f}"],
         ["memory after warming up, and at the end", f"{warm[0][1]:.1f}, {warm[-1][1]:.1f} MiB"],
         ["growth, 95 % interval", f"{grown['mib_per_hour']:.1f} ± {grown['half_interval']:.1f} MiB per hour"],
+        [
+            "growth in the quarters after warming up",
+            f"{', '.join(f'{one:.0f}' for one in quarters)} bytes per request",
+        ],
     ]
     note = (
         f"Embedded model, {given.adapters:,} LoRA-XS adapters (r = {RANK}) by Zipf's law through {given.slots} slots, "
-        f"{CLIENTS} clients, prompts of {PROMPT} and answers of {TOKENS} tokens; the first fifth is not counted."
+        f"{CLIENTS} clients, prompts of {prompt} and answers of {tokens} tokens; the first fifth is not counted."
     )
-    result: dict[str, Any] = {
+    return {
         "what": "memory of a server in ten minutes of traffic",
-        "command": f"python benchmarks/serving/soak.py --seconds {given.seconds:.0f}",
+        "command": f"python benchmarks/serving/soak.py --seconds {given.seconds:.0f}{' --fast' if given.fast else ''}",
         "versions": {name: version(name) for name in ("modicum", "torch", "transformers", "uvicorn")},
-        **told,
+        **summary,
         "growth": grown,
+        "bytes_per_request": quarters,
         "memory_mib": [[round(second), round(mib, 2)] for second, mib in memory[::5]],
         "table": {"columns": ["", "measured"], "rows": rows, "note": note},
     }
-    print(json.dumps(result["table"], indent=1))
-    if not given.small:
-        RESULT.parent.mkdir(exist_ok=True)
-        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 The embedded model and engine, called directly. In turns of some seconds, requests name adapters among the 512 most
 wanted ones, all loaded before, or among all, by Zipf's law. A switch is what loading an adapter that is not in memory
-takes, while others are answered. Memory is what the process holds, against base + pool + cache.
+takes, while others are answered; what a request waits for it is more where several are missing at once. Memory is what
+the process holds, against base + pool + cache.
 
     python benchmarks/serving/zipf.py [--adapters 100000] [--slots 512] [--rounds 6] [--seconds 20] [--work FOLDER]
 """
@@ -56,6 +57,21 @@ def resident() -> float:
     return psutil.Process().memory_info().rss / 2**20
 
 
+def waited_for(engine: Any) -> list[float]:
+    """Seconds that requests whose adapter is not in memory wait for it, from now on."""
+    lease, seconds = engine._lease, []  # noqa: SLF001
+
+    async def timed(row: Any, version: str) -> Any:
+        missing, began = version not in engine._slots._by_version, time.perf_counter()  # noqa: SLF001
+        found = await lease(row, version)
+        if missing:
+            seconds.append(time.perf_counter() - began)
+        return found
+
+    engine._lease = timed  # noqa: SLF001
+    return seconds
+
+
 async def serve(engine: Any, clients: int, seconds: float, draw: Any, seed: int) -> float:
     """Tokens per second of a closed loop that lasts so long."""
     prompt, number, end = (
@@ -90,6 +106,7 @@ async def measure(given: argparse.Namespace, store: Store) -> dict[str, Any]:
     before = resident()
     engine, _ = open_engine(settings, store, loads)
     engine.start()
+    waits, waited = waited_for(engine), []
     most_wanted = range(given.slots)
     rng = np.random.default_rng(0)
     rates: dict[str, list[float]] = {"resident": [], "zipf": []}
@@ -105,13 +122,14 @@ async def measure(given: argparse.Namespace, store: Store) -> dict[str, Any]:
         alone = await serve(
             engine, given.clients, given.seconds, lambda: int(rng.integers(given.slots)), 2 * turn
         )
-        old, count = engine.stats().pool, len(loads.seconds)
+        old, count, before_turn = engine.stats().pool, len(loads.seconds), len(waits)
         mixed = await serve(engine, given.clients, given.seconds, draw_any, 2 * turn + 1)
         new = engine.stats().pool
         if turn:  # the first turn warms up
             rates["resident"].append(alone)
             rates["zipf"].append(mixed)
             seconds += loads.seconds[count:]
+            waited += waits[before_turn:]
             hits.append((new.hits - old.hits) / (new.hits - old.hits + new.misses - old.misses))
         second = resident()
         print(f"turn {turn}: {alone:,.0f} and {mixed:,.0f} tokens/s", file=sys.stderr)
@@ -131,6 +149,7 @@ async def measure(given: argparse.Namespace, store: Store) -> dict[str, Any]:
         "switches": len(seconds),
         "switch_ms": percentiles(seconds),
         "switch_idle_ms": percentiles(idle),
+        "waited_ms": percentiles(waited),
         "pool": vars(stats.pool),
         "mib": {
             "process before": before, "base": base / 2**20, "pool": stats.pool.bytes / 2**20,
@@ -152,6 +171,7 @@ def table(found: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
         ["ratio", f"{found['ratio']:.3f}"],
         ["found in memory", f"{found['hit_rate']:.0%}"],
         [f"{found['switches']:,} switches while serving, p50 / p99", f"{spread('switch_ms')} ms"],
+        ["requests waited for an adapter that was not there, p50 / p99", f"{spread('waited_ms')} ms"],
         ["switches with nothing else to do, p50 / p99", f"{spread('switch_idle_ms')} ms"],
         ["base model", f"{mib['base']:.1f} MiB"],
         ["pool", f"{mib['pool']:.1f} MiB"],
