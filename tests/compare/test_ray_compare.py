@@ -5,8 +5,8 @@ from __future__ import annotations
 import signal
 
 import pytest
-from tests.compare.small import changed, reference
-from tests.compare.test_run import alone, by_name, read
+from tests.compare.small import comparison_values
+from tests.compare.test_run import alone, by_name
 from tests.jobs import rays
 
 from modicum.compare.report import write_report
@@ -22,17 +22,18 @@ except ImportError:
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, of several kinds
 
 
-def spec_in(folder):
-    values = changed(folder, compressions={"none": {}}, threads=1, workers=2)
+def spec_in(folder, output):
+    """A comparison of two cells and four runs, with its data in `folder`."""
+    values = comparison_values(folder, compressions={"none": {}}, threads=1, workers=2)
     values["methods"] = {"lora": values["methods"]["lora"]}
-    return make_comparison(values)
+    return make_comparison({**values, "output": str(folder / output)})
 
 
 def test_without_ray_nothing_is_begun(tmp_path):
     if ray is not None:
         pytest.skip("Ray is installed")
     with pytest.raises(MissingExtraError, match=r"modicum\[ray\]"):
-        run_comparison(spec_in(tmp_path / "out"), ray=True)
+        run_comparison(spec_in(tmp_path, "out"), ray=True)
     assert not (tmp_path / "out").exists()
 
 
@@ -54,16 +55,16 @@ def test_tables_are_the_same_with_a_killed_worker_and_after_an_interruption(tmp_
             raise StopError
 
     with pytest.raises(StopError):
-        run_comparison(spec_in(folder), ray=True, say=say, publish=write_report)
+        run_comparison(spec_in(tmp_path, "out"), ray=True, say=say, publish=write_report)
     assert rays.gone(rays.processes())
     done = {path: path.stat().st_mtime_ns for path in folder.glob("cells/**/report.json")}
     assert 2 <= len(done) < 4
     assert not any("FAILED" in line for line in told)
     found = run_comparison(
-        spec_in(folder), resume=True, ray=True, say=told.append, publish=write_report
+        spec_in(tmp_path, "out"), resume=True, ray=True, say=told.append, publish=write_report
     ).comparison
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in done.items())
-    expected = by_name(read(reference()))
+    expected = by_name(run_comparison(spec_in(tmp_path, "alone"), publish=write_report).comparison)
     cells = by_name(found)
     assert len(cells) == 2
     for name, cell in cells.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 
 import psutil
@@ -26,7 +27,11 @@ def processes(name: str = "") -> list[psutil.Process]:
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             words = process.cmdline()
-            if any(word.startswith(f"ray::{name}") or (not name and "/ray/" in word) for word in words):
+            # programs of Ray's lie in its folder, and its processes at work are called after what they do
+            if any(
+                word.startswith(f"ray::{name}") or (not name and re.match(r"/\S*/ray/", word))
+                for word in words
+            ):
                 found.append(process)
     return found
 
