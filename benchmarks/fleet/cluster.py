@@ -49,7 +49,7 @@ class Cluster:
     noise: Sequence[float] = (1.0,)
     slow_share: float = 0.0
     slow_factor: float = 1.0
-    #: shards that are lost, each at a random moment
+    #: shards that are lost, in the second half of equal parts of the whole time
     losses: int = 0
     #: between backups of a shard, and until a full one is restored
     backup: float = math.inf
@@ -118,8 +118,8 @@ class _Run:
         c, out, now = self.c, self.out, 0.0
         for machine in range(c.machines):
             self._fails_later(0.0, machine)
-        for _ in range(c.losses):
-            when = self.loss_rng.random() * c.cohorts * c.seconds / c.machines
+        for n in range(c.losses):
+            when = (n + self.loss_rng.uniform(0.5, 1.0)) / c.losses * c.cohorts * c.seconds / c.machines
             self._at(when, _LOST, (int(self.loss_rng.integers(c.shards)),))
         self._wake(0.0)
         handlers = (self._trained, self._put, self._fails, self._back, self._lost, self._restored)

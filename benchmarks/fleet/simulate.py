@@ -169,7 +169,7 @@ def trained(known: Facts, given: argparse.Namespace) -> Iterator[dict[str, Any]]
                 "hours": out.seconds / HOUR,
                 "failures": out.failures,
                 "cohorts": cluster.cohorts,
-                "cohorts_again": out.attempts - cluster.cohorts,
+                "cohorts_again": out.attempts - cluster.cohorts - out.relearnt,
                 "cohorts_again_expected": again * cluster.cohorts,
                 "relearnt_for_a_lost_shard": out.relearnt,
                 "known": out.known,
@@ -338,7 +338,8 @@ def tables(known: Facts, given: argparse.Namespace) -> dict[str, dict[str, Any]]
     }
     assumed = (
         f"Assumed: {given.hours:g} hours if nothing fails, {given.repair_minutes:g} minutes until a failed machine is "
-        f"back, {given.slow_share:.0%} of the machines {given.slow_factor:g} × slower, one shard lost in every run, "
+        f"back, {given.slow_share:.0%} of the machines {given.slow_factor:g} × slower, "
+        f"one shard lost in the second half of every run, "
         f"backups every {given.backup_hours:g} h. Measured: a cohort of {known.users} users takes {known.cohort:.0f} s."
     )
     found: dict[str, tuple[str, Any, dict[str, Any]]] = {
@@ -363,6 +364,7 @@ def machines_table(runs: Sequence[dict[str, Any]], note: str) -> dict[str, Any]:
             f"{run['hours']:.2f}",
             f"{run['failures']:,}",
             f"{run['cohorts_again']:,}",
+            f"{run['relearnt_for_a_lost_shard']:,}",
             f"{run['wasted']:.2%}",
             f"{run['down']:.2%}",
             f"{run['idle']:.2%}",
@@ -371,8 +373,8 @@ def machines_table(runs: Sequence[dict[str, Any]], note: str) -> dict[str, Any]:
         for run in runs
     ]
     columns = [
-        "users", "machines", "one fails every", "hours", "failures", "cohorts again", "computed in vain", "down",
-        "idle", "in vain without cohorts",
+        "users", "machines", "one fails every", "hours", "failures", "cohorts again", "and for a lost shard",
+        "computed in vain", "down", "idle", "in vain without cohorts",
     ]  # fmt: skip
     return {"columns": columns, "rows": rows, "note": note}
 

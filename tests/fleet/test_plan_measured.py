@@ -16,6 +16,7 @@ from modicum.cli._common import jsonable
 from modicum.errors import ConfigError, DataError
 from modicum.fleet.finished import read_measured
 from modicum.fleet.job import train_fleet
+from modicum.fleet.ledger import Ledger
 from modicum.fleet.measure import measured_here
 from modicum.fleet.plan import Asked, plan
 from modicum.fleet.planning import facts_of
@@ -138,6 +139,23 @@ def test_an_unfinished_job_is_measured_by_what_is_finished(tmp_path):
         train_fleet(spec, overwrite=True, tell=lambda _: (_ for _ in ()).throw(StopError))
     with pytest.raises(ConfigError, match="no cohort of the fleet"):
         read_measured(spec.folder)
+
+
+def test_cohorts_of_many_workers_share_the_clock(tmp_path):
+    spec = half(tmp_path, "a")
+    report = train_fleet(spec).report
+    assert report["timing"]["workers"] == 1
+    alone = read_measured(spec.folder)
+    with Ledger(spec.folder) as ledger, ledger.change():
+        ledger.note("workers", 3)
+    many = read_measured(spec.folder)
+    assert many.rates["all_tokens"].each == pytest.approx(3 * alone.rates["all_tokens"].each)
+    assert many.what.endswith(", 3 workers at a time")
+    report["timing"]["workers"] = 2
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert read_measured(tmp_path / "report.json").rates["steps"].seconds == (
+        2 * report["timing"]["seconds"],
+    )
 
 
 def test_what_holds_no_measurement(tmp_path):

@@ -60,6 +60,7 @@ def _of_job(folder: Path) -> Measured:
         with Ledger(folder) as ledger:
             took, known = ledger.finished(), ledger.fact("sizes")
             users, outcomes = in_order(ledger.users()), ledger.outcomes()
+            workers = ledger.fact("workers") or 1
     except (OSError, sqlite3.DatabaseError) as error:
         raise ConfigError(f"the job in {folder} cannot be read: {error}") from error
     if not took:
@@ -78,7 +79,7 @@ def _of_job(folder: Path) -> Measured:
     trained = sum(states.count(state) for state in ("stored", "base", "diverged"))
     container, index = _bytes_in(spec, outcomes)
     return Measured(
-        what=f"{len(kept)} cohorts of the job in {folder}",
+        what=f"{len(kept)} cohorts of the job in {folder}{_by(workers)}",
         model=spec.model.name_or_path,
         method=spec.method.name,
         ranks=tuple(spec.all_ranks),
@@ -86,7 +87,7 @@ def _of_job(folder: Path) -> Measured:
         threads=sized.threads,
         tokens_per_pass=sized.tokens,
         cohort_size=sized.users,
-        rates={unit: Rate(tuple(work[at] for at in kept), tuple(took[at] for at in kept))},
+        rates={unit: Rate(tuple(work[at] for at in kept), tuple(workers * took[at] for at in kept))},
         stored=states.count("stored") / trained if trained else 1.0,
         token_bytes=sized.token_bytes,
         container_bytes=container,
@@ -100,9 +101,9 @@ def _of_report(report: Mapping[str, Any], where: str) -> Measured:
     """How fast a job was by its report alone, which knows steps and no tokens."""
     try:
         sized, timing, users = Sizes(**report["sizes"]), report["timing"], report["users"]
-        trained = users["stored"] + users["base"] + users["diverged"]
+        trained, workers = users["stored"] + users["base"] + users["diverged"], timing.get("workers", 1)
         return Measured(
-            what=f"the report in {where}",
+            what=f"the report in {where}{_by(workers)}",
             model=report["spec"]["model"]["name_or_path"],
             method=report["spec"]["method"]["name"],
             ranks=tuple(map(int, report["numbers_per_adapter"])),
@@ -110,13 +111,18 @@ def _of_report(report: Mapping[str, Any], where: str) -> Measured:
             threads=sized.threads,
             tokens_per_pass=sized.tokens,
             cohort_size=sized.users,
-            rates={"steps": Rate((timing["steps"],), (timing["seconds"],))},
+            rates={"steps": Rate((timing["steps"],), (workers * timing["seconds"],))},
             stored=users["stored"] / trained,
             token_bytes=sized.token_bytes,
             early_stopping=report["spec"]["train"]["early_stopping_patience"],
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ConfigError(f"{where} is no report of a fleet that trained anybody ({error!r})") from error
+
+
+def _by(workers: int) -> str:
+    """Who trained it, where several did at the same time: a cohort's seconds are then those of one of them."""
+    return f", {workers} workers at a time" if workers > 1 else ""
 
 
 def _tokens(

@@ -120,6 +120,8 @@ def _train(spec: FleetSpec, workers: int | None, tell: Callable[[Progress], None
             sized, about = place.prepare(sized)
             with ledger.change():
                 ledger.note("sizes", sized.as_dict())
+                # who share the seconds of cohorts
+                ledger.note("workers", workers or 1)
             if ledger.fact("gathered") is None:
                 gather(spec, ledger, store)
             job.run(place, sized)

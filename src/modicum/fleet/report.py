@@ -65,6 +65,7 @@ def summary(spec: FleetSpec, about: Mapping[str, Any], ledger: Ledger, sized: Si
             "adapters_per_hour": 3600 * trained / seconds if seconds else None,
             "steps": sum(one["steps"] or 0 for one in users),
             "cohorts": len(ledger.finished()),
+            "workers": ledger.fact("workers") or 1,
         },
         "sizes": sized.as_dict(),
         **about,
