@@ -15,6 +15,7 @@ from modicum.errors import ConfigError, ModicumError
 from modicum.train import artifacts
 from modicum.train.recipe import make_recipe
 from modicum.train.run import tune
+from modicum.train.trainer import TwoRateTrainer
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -110,6 +111,26 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, task, 
         tune(recipe)
     resumed = tune(recipe, resume=True)
     assert resumed.report["timing"]["resumed_from"] == "checkpoint-3"
+    assert_same(weights(whole.folder), weights(resumed.folder))
+    assert resumed.metrics == whole.metrics
+
+
+def test_a_run_killed_behind_its_last_step_makes_no_other(tmp_path, monkeypatch):
+    # the last step is inside an epoch, and the rate is not zero there
+    values = recipe_values(tmp_path, max_steps=3, scheduler="constant", load_best=False)
+    whole = tune(make_recipe(changed(values, tmp_path / "whole")))
+    recipe = make_recipe(changed(values, tmp_path / "broken"))
+
+    def stop(self, *_):
+        raise StopError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TwoRateTrainer, "_finalize_training", stop)
+        with pytest.raises(StopError):
+            tune(recipe)
+    resumed = tune(recipe, resume=True)
+    assert resumed.report["timing"]["resumed_from"] == "checkpoint-3"
+    assert resumed.report["steps"] == whole.report["steps"] == 3
     assert_same(weights(whole.folder), weights(resumed.folder))
     assert resumed.metrics == whole.metrics
 

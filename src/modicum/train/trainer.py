@@ -64,6 +64,13 @@ class TwoRateTrainer(Trainer):
         loss = self.elastic.loss(found[0], found[1]["logits"], labels)
         return (loss, found[1]) if return_outputs else loss
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # a run may be killed between its last checkpoint and its end; resumed, the Trainer counts steps after one more
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         # the Trainer's own orders are not kept by a resumed run of several processes (accelerate does not hand the
         # epoch through its skipping batch sampler), nor, when grouping by length, by any resumed run
