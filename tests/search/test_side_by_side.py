@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import pytest
-from tests.search.test_strategies import MAXIMIZED, SPACE, cost, loss, over
+from tests.search.test_strategies import LAYERS, MAXIMIZED, cost, loss, over
 
 from modicum.search.options import SearchOptions
+from modicum.search.space import SearchSpace
 from modicum.search.strategies import Explorer
 from modicum.search.study import Study
+
+#: sixteen sub-networks, so that evolution meets some of them again
+GROUPS = [{"rank": [name], "choices": [8, 6, 4, 2], "share": "model"} for name in ("q_proj", "up_proj")]
+SPACE = SearchSpace.of({"groups": GROUPS}, LAYERS, [])
 
 
 def search(folder, *, many=None, limit=1000, stop=None, **options):
@@ -52,23 +57,21 @@ def found(points):
     return sorted((sorted(point.choices.items()), sorted(point.values.items())) for point in points)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("order", [reversed, list], ids=["last first", "first first"])
-def test_generations_are_those_of_one_after_the_other(seed, order, tmp_path):
-    options = {"strategy": "nsga2", "trials": 45, "population": 8, "seed": seed, "limit": 26}
+def test_generations_are_those_of_one_after_the_other(tmp_path):
+    options = {"strategy": "nsga2", "trials": 17, "population": 5, "limit": 12}
     alone, _ = search(tmp_path / "alone", **options)
-    points, sizes = search(tmp_path / "many", many=order, **options)
+    points, sizes = search(tmp_path / "many", many=reversed, **options)
     assert numbered(points) == numbered(alone)
-    assert len(points) == 45
+    assert len(points) == 17
     # never across a generation; a sub-network that turned up before is not evaluated again
-    assert len(sizes) == 6
-    assert max(sizes) <= 8
-    assert sum(sizes) == len({str(sorted(point.choices.items())) for point in points}) < 45
+    assert len(sizes) == 4
+    assert max(sizes) <= 5
+    assert sum(sizes) == len({str(sorted(point.choices.items())) for point in points}) < 17
 
 
-@pytest.mark.parametrize("limit", [1000, 20])
+@pytest.mark.parametrize("limit", [1000, 9])
 def test_random_points_are_those_of_one_after_the_other(limit, tmp_path):
-    options = {"strategy": "random", "trials": 30, "limit": limit}
+    options = {"strategy": "random", "trials": 10, "limit": limit}
     alone, _ = search(tmp_path / "alone", **options)
     points, sizes = search(tmp_path / "many", many=reversed, **options)
     assert found(points) == found(alone)
@@ -77,15 +80,15 @@ def test_random_points_are_those_of_one_after_the_other(limit, tmp_path):
 
 
 def test_few_random_points_end_the_search(tmp_path):
-    options = {"strategy": "random", "trials": 500, "limit": 14}
+    options = {"strategy": "random", "trials": 500, "limit": 6}
     alone, _ = search(tmp_path / "alone", **options)
     points, _ = search(tmp_path / "many", many=list, **options)
     assert found(points) == found(alone)
-    assert 0 < len(points) < 500
+    assert len(points) == 3
 
 
 def test_steps_are_taken_one_by_one(tmp_path):
-    options = {"strategy": "hill", "trials": 40}
+    options = {"strategy": "hill", "trials": 14}
     alone, _ = search(tmp_path / "alone", **options)
     points, sizes = search(tmp_path / "many", many=list, **options)
     assert numbered(points) == numbered(alone)
@@ -94,12 +97,12 @@ def test_steps_are_taken_one_by_one(tmp_path):
 
 @pytest.mark.parametrize("strategy", ["random", "nsga2"])
 def test_an_interrupted_batch_is_gone_on_with(strategy, tmp_path):
-    options = {"strategy": strategy, "trials": 24, "population": 8}
+    options = {"strategy": strategy, "trials": 12, "population": 5}
     alone, _ = search(tmp_path / "alone", **options)
-    points, _ = search(tmp_path / "many", many=reversed, stop=11, **options)
+    points, _ = search(tmp_path / "many", many=reversed, stop=7, **options)
     # a point that turned up before is told without being evaluated
-    assert 11 <= len(points) < 24
+    assert 7 <= len(points) < 12
     points, _ = search(tmp_path / "many", many=reversed, **options)
-    assert len(points) == 24
+    assert len(points) == 12
     if strategy == "random":
         assert found(points) == found(alone)
