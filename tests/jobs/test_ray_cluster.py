@@ -111,6 +111,17 @@ def test_more_threads_than_any_machine_has_are_refused(joined):
 
 
 @pytest.mark.slow
+def test_leaving_ends_what_runs_and_the_cluster_goes_on(joined, tmp_path):
+    with Cluster(2) as pool:
+        pool.start(Task(0, work.tell_and_wait, (tmp_path / "pid",)))
+        rays.wait_for((tmp_path / "pid").is_file)
+    pid = int((tmp_path / "pid").read_text())
+    assert not psutil.pid_exists(pid) or rays.gone([psutil.Process(pid)])
+    with Cluster(2) as pool:
+        assert outcomes(pool, Task(0, work.add, (1, 2)))[0].value[0] == 3
+
+
+@pytest.mark.slow
 def test_a_named_cluster_is_joined_and_left_as_it_is(joined, tmp_path):
     """By another process, as a user would; what was under way for it ends with it."""
     address = joined.get_runtime_context().gcs_address
