@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="some seconds, nothing written")
     given = parser.parse_args()
     if given.small:
-        given.seconds, given.adapters, given.slots = 15.0, 300, 64
+        given.seconds, given.adapters, given.slots = 25.0, 300, 64
     options = [
         "--slots",
         str(given.slots),
