@@ -72,6 +72,13 @@ def test_work_by_hand():
     assert work_of([user(0), user(1)], spec().train, 12).passes == 2 + 1 + 2 + 1
 
 
+def test_rows_to_judge_by_are_split_over_passes():
+    many = UserRows("u", (5,), (6, 4, 6), rank=4)
+    # 2 × 6 tokens, then 1 × 4, three times
+    found = work_of([many], spec(train={"epochs": 2}).train, 12)
+    assert (found.looks, found.look_tokens) == (3 * 2, 3 * 16)
+
+
 def test_padding_goes_to_the_longest_row_and_to_a_multiple():
     uneven = UserRows("u", (3, 9), rank=4)
     one = spec(train={"epochs": 1}).train
@@ -155,6 +162,15 @@ def test_an_odd_number_of_users_makes_a_smaller_last_cohort():
     # four workers: one cohort each, and the last has one user
     spread = plan(spec(), [user(0), user(1)], measured(), FACTS, Asked(users=7, workers=4))
     assert spread.hours.value == pytest.approx(2 * 5.6 / 3600)
+
+
+def test_cohorts_that_differ_add_up_to_the_whole():
+    # the third user, of many rows, has a cohort of its own, which stands for a third of all users
+    sample = [user(0), user(1), user(2, rows=30)]
+    found = plan(spec(), sample, measured(), FACTS, Asked(users=10_000))
+    each = [work_of([one], spec().train, 100).all_tokens for one in sample]
+    assert found.hours.value == pytest.approx(sum(found.worker_hours.values()))
+    assert found.hours.value == pytest.approx(sum(each) / 3 * 10_000 * 0.1 / 3600)
 
 
 def test_money_by_hand():

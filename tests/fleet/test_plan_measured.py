@@ -17,13 +17,13 @@ from modicum.errors import ConfigError, DataError
 from modicum.fleet.finished import read_measured
 from modicum.fleet.job import train_fleet
 from modicum.fleet.ledger import Ledger
-from modicum.fleet.measure import measured_here
+from modicum.fleet.measure import bytes_each, measured_here
 from modicum.fleet.plan import Asked, plan
 from modicum.fleet.planning import facts_of
 from modicum.fleet.rates import Measured
 from modicum.fleet.sample import alike, sampled
 from modicum.fleet.work import Work
-from modicum.store import Store
+from modicum.store import Put, Store
 from modicum.store.record import encode
 
 #: rows of the users of both halves; the lengths of rows differ, too
@@ -193,7 +193,7 @@ def test_measured_on_this_machine(tmp_path, halves):
 
 def test_bytes_of_a_job_with_enough_adapters_have_index_and_log(tmp_path):
     spec = spec_in(
-        tmp_path, (2,) * 130, train={"epochs": 1, "min_steps": 1, "cohort_size": 130}, users={"held_out": 0.0}
+        tmp_path, (2,) * 260, train={"epochs": 1, "min_steps": 1, "cohort_size": 260}, users={"held_out": 0.0}
     )
     train_fleet(spec)
     known = read_measured(spec.folder)
@@ -203,6 +203,25 @@ def test_bytes_of_a_job_with_enough_adapters_have_index_and_log(tmp_path):
     numbers = 4 * facts_of(spec).ranks[4].trained
     # files begin with some pages, which many adapters share
     assert numbers + known.container_bytes + known.index_bytes == pytest.approx(whole, rel=0.3)
+
+
+def test_bytes_of_a_record_do_not_depend_on_how_many_there_are():
+    base = fleets.base(fleets.spec())
+    kind = base.kinds[4]
+
+    def puts(count):
+        records = (
+            base.record(4, kind.start, "bfloat16", metadata={"user": f"{at:06}"}) for at in range(count)
+        )
+        return [Put(f"users/{at:06}", record, metrics={"loss": 0.5}) for at, record in enumerate(records)]
+
+    few, many = bytes_each(puts(300)), bytes_each(puts(1000))
+    assert few[0] == pytest.approx(many[0], rel=1e-2)
+    # whole pages of some kilobytes
+    assert few[1] == pytest.approx(many[1], rel=0.25)
+    # too few to tell
+    assert bytes_each(puts(5))[1] is None
+    assert sum(few[2].work) == 300
 
 
 @pytest.mark.parametrize("kind", ["lora_xs", "lora"])

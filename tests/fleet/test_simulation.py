@@ -94,6 +94,14 @@ def test_a_shard_takes_one_put_at_a_time(cluster):
     assert many.seconds == 14
 
 
+def test_a_put_that_a_lost_shard_interrupts_is_asked_for_again(cluster):
+    # the shard is lost in the first put, of seconds 1 to 101
+    found = cluster.simulate(cluster.Cluster(10, 1, seconds=1.0, put=100.0, losses=1))
+    assert found.seconds == 10 * 101 + 100
+    assert found.waits == [200.0] + 9 * [100.0]
+    assert found.stored == [1] * 10
+
+
 def test_more_failures_are_never_less_work(cluster):
     rates = (math.inf, 5000.0, 500.0, 100.0)
     work = []
@@ -157,6 +165,8 @@ def test_ches_approximation_is_what_a_pool_does(caches):
             del pool[next(iter(pool))]
     assert wanted == pytest.approx(hits / 50_000, abs=0.01)
     assert caches.hit_rate(100, 100, 1.0) == 1.0
+    # where everybody asks as often, a pool has what fits into it
+    assert caches.hit_rate(1000, 100, 0.0) == pytest.approx(0.1)
     assert (
         caches.hit_rate(10**8, 512, 1.0)
         < caches.hit_rate(10**6, 512, 1.0)

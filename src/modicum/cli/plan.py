@@ -1,4 +1,4 @@
-"""Say what adapters will cost: numbers, bytes and memory for one user or a million; and a fleet's hours and money."""
+"""Say what adapters will cost, for one user or a million, and what training a whole fleet will."""
 
 from typing import Annotated
 

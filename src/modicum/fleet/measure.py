@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 _LEAST, _TRAINING = 4, 0.7
 #: records that bytes are measured with, at most so many bytes of them, and how many are put at a time
 RECORDS, _MOST_BYTES, _BATCH = 512, 1 << 26, 64
+#: records with which index and log grow by pages enough to tell
+_ENOUGH = 128
 
 
 def measured_here(spec: FleetSpec, sample: Sample, seconds: float) -> Measured:
@@ -125,7 +127,7 @@ def bytes_each(puts: Sequence[Put]) -> tuple[float, float | None, Rate]:
     each = sum(records) / len(records)
     index = max(0.0, (size[2] - size[1]) / len(records) - each)
     # of a few, whole pages would be counted
-    return each, index if len(records) >= _BATCH else None, Rate(tuple(work), tuple(took))
+    return each, index if len(records) >= _ENOUGH else None, Rate(tuple(work), tuple(took))
 
 
 def enough(record_bytes: float) -> int:
