@@ -166,3 +166,44 @@ def test_ctrl_c_ends_a_cluster_of_its_own_with_everything_in_it(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     assert "KeyboardInterrupt" in process.communicate(timeout=60)[1].decode()
     assert rays.gone(below)
+
+
+_TWO_MACHINES = """
+import os
+from pathlib import Path
+from ray.cluster_utils import Cluster as Machines
+from tests.jobs import rays, work
+from modicum.jobs.cluster import ADDRESS, Cluster
+from modicum.jobs.pool import Task
+
+# the head takes no tasks, so that it is not the one that goes
+machines = Machines(initialize_head=True, head_node_args={"num_cpus": 0})
+nodes = {node.node_id: node for node in (machines.add_node(num_cpus=2), machines.add_node(num_cpus=2))}
+os.environ[ADDRESS] = machines.address
+file = Path(FILE)
+with Cluster(2) as pool:
+    assert (pool.threads, pool.share) == (2, 1.0), (pool.threads, pool.share)
+    pool.start(Task(0, work.machine, (file,)))
+    rays.wait_for(file.is_file)
+    machines.remove_node(nodes.pop(file.read_text()), allow_graceful=False)
+    [outcome] = pool.wait()
+    assert outcome.result("task") == next(iter(nodes)), outcome
+machines.shutdown()
+print("went on")
+"""
+
+
+@pytest.mark.slow
+def test_a_task_whose_machine_dies_goes_to_another(tmp_path):
+    pytest.importorskip("ray", reason="Ray is not installed (modicum[ray])")
+    code = _TWO_MACHINES.replace("FILE", repr(str(tmp_path / "node")))
+    environment = {name: value for name, value in os.environ.items() if name != ADDRESS}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=False,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.stdout.endswith("went on\n"), done.stderr[-3000:]
