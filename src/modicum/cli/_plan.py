@@ -118,7 +118,9 @@ def fleet_tables(plan: "FleetPlan") -> list[Any]:
         parts = [f"{name} {_number(value)}" for name, value in plan.cost["parts"].items() if value]
         rows.append(["cost", f"{_number(plan.cost['amount'])} {plan.cost['currency']}: {', '.join(parts)}"])
     rows += [[f"most {what}", name] for what, name in plan.dominates.items()]
-    lines = [f"measured: {plan.measured.what}, {plan.measured.threads} threads, {plan.measured.device}"]
+    lines = [
+        f"measured: {plan.measured.what}, {_count(plan.measured.threads, 'thread')}, {plan.measured.device}"
+    ]
     return [table(title, ["", "what it takes"], rows), *lines, *plan.notes]
 
 
