@@ -163,7 +163,8 @@ def measure(users: list[User], store: Path, folder: Path, given: argparse.Namesp
         real = [(user.name, list(user.prompts[n % len(user.prompts)])) for user, n in drawn]
         turns["zipf"] = [load(url, real, given.seconds)]
         drawn_names = {name for name, _ in real[: turns["zipf"][0]["requests"]]}
-    torch.set_num_threads(given.threads)
+    # one token of one sequence at a time gains nothing from threads
+    torch.set_num_threads(1)
     alone = offline(store, sample)
     equal = sum(one == other for one, other in zip(told, alone, strict=True))
     return {"compared": len(sample), "equal": equal, "asked_by_zipf": len(drawn_names), **turns}
