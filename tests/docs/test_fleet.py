@@ -42,7 +42,7 @@ def test_the_page(tmp_path, monkeypatch, capsys):
     with Store(tmp_path / "stores" / "fleet") as store:
         assert sorted(store.names()) == sorted(f"{thing}-user" for thing in _THINGS)
     (words,) = map(shlex.split, server)
-    assert words == ["modicum", "serve", "embedded", "--store", "stores/fleet"]
+    assert words == ["modicum", "serve", "start", "embedded", "--store", "stores/fleet"]
     (code,) = blocks(PAGE, "py")
     with serving(tmp_path / "state", words[-1], engine={"max_rank": 16}) as served:
         names: dict = {}
