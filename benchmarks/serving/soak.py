@@ -7,6 +7,7 @@ and a line through the averages has a slope with Student's 95 % interval. Quarte
 whether growth goes on with requests, or was something that fills.
 
     python benchmarks/serving/soak.py [--seconds 600] [--adapters 5000] [--slots 256]
+    python benchmarks/serving/soak.py --warm 120   after two minutes of short ones, so that what fills is full
     python benchmarks/serving/soak.py --fast      short prompts and answers: several times as many requests
 """
 
@@ -39,18 +40,23 @@ PARTS, WARM = 20, 4
 QUARTERS = 4
 
 
-async def soak(url: str, pid: int, given: argparse.Namespace) -> tuple[Outcome, list[tuple[float, float]]]:
-    """What became of the requests, and (second, MiB) once a second."""
-    draw, memory = zipf(given.adapters, 1.0, 0), []
-    process, (prompt, tokens, _) = psutil.Process(pid), SIZES[given.fast]
+def plan(url: str, given: argparse.Namespace, seconds: float, seed: int, *, fast: bool) -> Plan:
+    draw, (prompt, tokens, _) = zipf(given.adapters, 1.0, seed), SIZES[fast]
 
     def model(number: int) -> str:
         return "nobody" if number % 50 == 0 else "base" if number % 10 == 1 else f"user-{draw()}"
 
-    plan = Plan(
-        url=url, model=model, prompt=random_prompts(prompt, 4096, 0), tokens=tokens, requests=1_000_000,
-        seconds=given.seconds, clients=CLIENTS, leaving=0.05,
+    return Plan(
+        url=url, model=model, prompt=random_prompts(prompt, 4096, seed), tokens=tokens, requests=1_000_000,
+        seconds=seconds, clients=CLIENTS, leaving=0.05,
     )  # fmt: skip
+
+
+async def soak(url: str, pid: int, given: argparse.Namespace) -> tuple[Outcome, list[tuple[float, float]]]:
+    """What became of the requests, and (second, MiB) once a second."""
+    if given.warm:
+        await run(plan(url, given, given.warm, 1, fast=True))
+    process, memory = psutil.Process(pid), []
 
     async def look() -> None:
         start = time.perf_counter()
@@ -59,7 +65,7 @@ async def soak(url: str, pid: int, given: argparse.Namespace) -> tuple[Outcome, 
             await asyncio.sleep(1.0)
 
     looking = asyncio.create_task(look())
-    outcome = await run(plan)
+    outcome = await run(plan(url, given, given.seconds, 0, fast=given.fast))
     looking.cancel()
     return outcome, memory
 
@@ -93,6 +99,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument(
+        "--warm", type=float, default=0.0, help="seconds of short requests before, not counted"
+    )
     parser.add_argument("--adapters", type=int, default=5000)
     parser.add_argument("--slots", type=int, default=256)
     parser.add_argument("--fast", action="store_true", help="short prompts and answers")
@@ -127,6 +136,7 @@ def told(outcome: Outcome, memory: list[tuple[float, float]], given: argparse.Na
     warm = memory[len(memory) * WARM // PARTS :]
     prompt, tokens, _ = SIZES[given.fast]
     unknown = summary["errors"].get("404", 0)
+    options = f"--seconds {given.seconds:.0f} --warm {given.warm:.0f}{' --fast' if given.fast else ''}"
     rows = [
         ["seconds", f"{summary['seconds']:.0f}"],
         ["requests answered", f"{summary['answered']:,}"],
@@ -143,11 +153,12 @@ def told(outcome: Outcome, memory: list[tuple[float, float]], given: argparse.Na
     ]
     note = (
         f"Embedded model, {given.adapters:,} LoRA-XS adapters (r = {RANK}) by Zipf's law through {given.slots} slots, "
-        f"{CLIENTS} clients, prompts of {prompt} and answers of {tokens} tokens; the first fifth is not counted."
+        f"{CLIENTS} clients, prompts of {prompt} and answers of {tokens} tokens; the first fifth is not counted"
+        f"{f', nor {given.warm:.0f} seconds of short requests before it' if given.warm else ''}."
     )
     return {
         "what": "memory of a server in ten minutes of traffic",
-        "command": f"python benchmarks/serving/soak.py --seconds {given.seconds:.0f}{' --fast' if given.fast else ''}",
+        "command": f"python benchmarks/serving/soak.py {options}",
         "versions": {name: version(name) for name in ("modicum", "torch", "transformers", "uvicorn")},
         **summary,
         "growth": grown,
