@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import multiprocessing
 import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
 
 import httpx
 import pytest
+import torch
 from tests.serve.servers import adapter, serving
 
 from modicum.store import Store
 
 #: requests of a round and how many at a time; versions, more than there are slots for
-MANY, AT_ONCE, VERSIONS, SLOTS = 90, 6, 7, 4
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("growth")
-    with Store(folder / "store", create=True) as store:
-        for seed in range(VERSIONS):
-            store.put(f"user-{seed}", adapter(seed))
-    # memory for pages is full after the first round
-    engine = {"slots": SLOTS, "max_batch": 4, "cache_tokens": 512, "max_length": 64}
-    with serving(folder / "state", folder / "store", engine=engine) as one:
-        yield one
+MANY, AT_ONCE, VERSIONS, SLOTS = 84, 6, 7, 4
 
 
 async def ask(client: httpx.AsyncClient, number: int) -> None:
@@ -77,15 +69,40 @@ async def round_of(served, numbers: range) -> None:
     raise AssertionError(f"{state.connections} {state.tasks} {engine.stats()}")
 
 
-@pytest.mark.slow
-def test_no_object_stays_behind_for_a_request(served):
-    found = []
-    for turn in range(8):
-        asyncio.run(round_of(served, range(turn * MANY, (turn + 1) * MANY)))
+def held() -> tuple[int, int]:
+    """Blocks and objects, the least of some looks: threads of the server have some of their own now and then."""
+    looks = []
+    for _ in range(3):
+        time.sleep(0.05)
         gc.collect()
-        found.append((sys.getallocatedblocks(), len(gc.get_objects())))
-    # caches fill in the first rounds, and now and then one takes a step; an object of every request is 360 in four
-    before, after = zip(*found[1:3], strict=True), zip(*found[-2:], strict=True)
+        looks.append((sys.getallocatedblocks(), len(gc.get_objects())))
+    blocks, objects = zip(*looks, strict=True)
+    return min(blocks), min(objects)
+
+
+def counted(folder) -> tuple[list[tuple[int, int]], int]:
+    """Blocks and objects after each of some rounds, and slots in use."""
+    torch.set_num_threads(1)
+    with Store(folder / "store", create=True) as store:
+        for seed in range(VERSIONS):
+            store.put(f"user-{seed}", adapter(seed))
+    # memory for pages is full after the first round
+    engine = {"slots": SLOTS, "max_batch": 4, "cache_tokens": 512, "max_length": 64}
+    found = []
+    with serving(folder / "state", folder / "store", engine=engine) as served:
+        for turn in range(10):
+            asyncio.run(round_of(served, range(turn * MANY, (turn + 1) * MANY)))
+            found.append(held())
+        return found, served.service.engine.stats().pool.used
+
+
+@pytest.mark.slow
+def test_no_object_stays_behind_for_a_request(tmp_path):
+    # in a process of its own: what other tests have left in this one still comes and goes
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        found, used = pool.submit(counted, tmp_path).result()
+    # caches fill in the first rounds, and some hundred objects come and go; two of every request are 672 in four rounds
+    before, after = zip(*found[2:5], strict=True), zip(*found[-2:], strict=True)
     grown = [min(late) - max(early) for early, late in zip(before, after, strict=True)]
-    assert max(grown) < 4 * MANY / 3, found
-    assert served.service.engine.stats().pool.used == SLOTS
+    assert max(grown) < 8 * MANY / 3, found
+    assert used == SLOTS

@@ -122,7 +122,8 @@ def test_what_a_slow_disk_is_asked_in_advance_changes_nothing(store, monkeypatch
     slow = store.get_many(names)
     assert (slow.versions, slow.values.tolist()) == (quick.versions, quick.values.tolist())
     assert opened == 1
-    assert 1 < len(store._backend._connections._all) <= 1 + WAITING  # those who asked, each with a connection of its own
+    # those who asked, each with a connection of its own
+    assert 1 < len(store._backend._connections._all) <= 1 + WAITING
     # the answers of others are of another moment, and nobody's
     with store.snapshot() as frozen:
         store.put_many([(f"u{n}", record(n + 1)) for n in range(100)])
