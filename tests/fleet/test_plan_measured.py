@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from contextlib import contextmanager
 
 import pytest
@@ -56,6 +57,18 @@ def counted():
         handle.remove()
 
 
+def opened(*specs):
+    """The stores of jobs, one open at a time."""
+    for spec in specs:
+        with Store(spec.store.path) as store:
+            yield store
+
+
+def beside_numbers(record):
+    """The bytes of a record that are no numbers."""
+    return len(encode(record)) - record.values.nbytes
+
+
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory):
     """A job that was measured, and one that it predicts, with what that one really did."""
@@ -78,12 +91,11 @@ def test_a_measured_half_predicts_the_other_half(halves):
     assert found.work.steps == report["timing"]["steps"]
     assert [found.work.passes, found.work.tokens] == passes[True]
     assert [found.work.looks, found.work.look_tokens] == passes[False]
-    with Store(second.store.path) as store:
-        records = [store.get(str(version)) for version in store.ls()]
-    assert found.store["numbers"] == sum(record.values.nbytes for record in records)
-    whole = sum(len(encode(record)) for record in records)
-    # a number of steps may have another digit
-    assert found.store["numbers"] + found.store["containers"] == pytest.approx(whole, rel=2e-3)
+    measured, stored = ([store.get(str(each)) for each in store.ls()] for store in opened(first, second))
+    assert found.store["numbers"] == sum(record.values.nbytes for record in stored)
+    assert known.container_bytes == pytest.approx(statistics.mean(map(beside_numbers, measured)))
+    # a description is compressed, then filled up to eights: another digit may take one more of them
+    assert found.store["containers"] == pytest.approx(sum(map(beside_numbers, stored)), abs=8 * len(stored))
     assert found.hours.low < found.hours.value < found.hours.high
     assert set(found.notes) == {
         "memory: without that of a pass, which was not measured",
