@@ -9,7 +9,7 @@ import pytest
 from tests.store.small_records import record
 
 from modicum.errors import CorruptAdapterError, StoreError
-from modicum.store import Filter, Put, Store
+from modicum.store import Filter, Put, Store, reading
 from modicum.store.beside import WAITING
 from modicum.store.engine import change
 from modicum.store.engine.interface import MovedError
@@ -37,6 +37,32 @@ def test_a_later_page_of_a_listing_costs_no_more_than_the_first(store, wanted):
             steps.append(0)
     assert len(steps) == 8
     assert max(steps[:7]) < 1.5 * min(steps[:7])
+
+
+@pytest.mark.parametrize("version", ["ada", "ada@2", "ada@production"])
+def test_one_statement_finds_a_version_and_where_it_is(store, version):
+    store.put_many([Put("ada", record(n), alias="production") for n in range(2)])
+    asked = []
+    store._backend.connection().set_trace_callback(asked.append)
+    assert store.get(version).values.tolist() == record(1).values.tolist()
+    assert store.find(version) == "ada@2"
+    assert [query.split()[0] for query in asked] == ["SELECT", "SELECT"]
+    # several are looked for at one moment
+    store.find("bob", version)
+    assert [query.split()[0] for query in asked[2:]] == ["BEGIN", "SELECT", "SELECT", "ROLLBACK"]
+
+
+def test_what_is_put_between_two_looks_is_found(store, monkeypatch):
+    store.put("ada", record(1))
+    monkeypatch.setattr(reading, "find_located", lambda *_: None)
+    assert store.get("ada").values.tolist() == record(1).values.tolist()
+
+
+def test_an_object_that_the_index_does_not_name(store):
+    store.put("ada", record(1))
+    store._backend.connection().execute("DELETE FROM objects")
+    with pytest.raises(CorruptAdapterError, match="the index names no object 1; run verify"):
+        store.get("ada")
 
 
 @pytest.fixture

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, TypeVar, final
 from modicum.errors import CorruptAdapterError
 from modicum.store.catalogue import audit, listing
 from modicum.store.catalogue.listing import Filter, Stats, check_filter
-from modicum.store.catalogue.lookup import Version, describe, find, find_name, resolve, resolve_many
+from modicum.store.catalogue.lookup import (
+    Version,
+    describe,
+    find,
+    find_located,
+    find_name,
+    resolve,
+    resolve_many,
+)
 from modicum.store.catalogue.names import Reference, check_name, reference
 from modicum.store.engine.interface import Stored
 from modicum.store.objects import stated_digest
@@ -41,9 +49,16 @@ class Readable(abc.ABC):
         """What the user called the store."""
         return self._backend.location
 
+    def _find(self, wanted: Sequence[Reference]) -> Found | None:
+        """The first of `wanted` that there is, all seen at one moment."""
+        return self._read(
+            lambda view: next((found for one in wanted if (found := find(view, one)) is not None), None),
+            single=len(wanted) == 1,
+        )
+
     @abc.abstractmethod
-    def _read(self, action: Callable[[Snapshot], T]) -> T:
-        """What `action` makes of a consistent view; it may be done more than once."""
+    def _read(self, action: Callable[[Snapshot], T], *, single: bool = False) -> T:
+        """What `action` makes of a consistent view; it may be done more than once. `single`: it asks one statement."""
 
     def get(self, version: str | Reference) -> Record:
         """The record of a version, checked to the last bit.
@@ -58,11 +73,19 @@ class Readable(abc.ABC):
         """What `get` gets, and the entry of the log that put it (see `find_put`), seen at one moment."""
         wanted = reference(version)
 
-        def read(view: Snapshot) -> tuple[Record, int]:
+        def read(view: Snapshot) -> tuple[Record, int] | None:
+            found = find_located(view, wanted)
+            if found is None:
+                return None
+            one, located = found
+            return _decoded(one, Stored(located.digest, located.read(None)))[1], one.entry
+
+        def look_again(view: Snapshot) -> tuple[Record, int]:
+            # says what there is, if it was not put meanwhile
             found = resolve(view, wanted)
             return _records(view, [found])[0], found.entry
 
-        return self._read(read)
+        return self._read(read, single=True) or self._read(look_again)
 
     def get_bytes(self, version: str | Reference) -> bytes:
         """The bytes of a version's record, as in a `.modicum` file, checked to the last bit."""
@@ -100,16 +123,16 @@ class Readable(abc.ABC):
 
     def find(self, *versions: str | Reference) -> str | None:
         """`name@3` of the first of these references that refers to something, all seen at one moment; else None."""
-        wanted = [reference(version) for version in versions]
-        return self._read(lambda view: next((str(one) for one in _found(view, wanted)), None))
+        found = self._find([reference(version) for version in versions])
+        return found and str(found)
 
     def find_put(self, *versions: str | Reference) -> tuple[str, int] | None:
         """What `find` finds, and the entry of the log that put it: a number that is never used again.
 
         A name that was purged begins anew at 1, so that `name@1` may come to mean something else.
         """
-        wanted = [reference(version) for version in versions]
-        return self._read(lambda view: next(((str(one), one.entry) for one in _found(view, wanted)), None))
+        found = self._find([reference(version) for version in versions])
+        return found and (str(found), found.entry)
 
     def names(self, pattern: str = "*", *, after: str = "", limit: int = 100) -> list[str]:
         """Up to `limit` names that match the pattern, in order, behind the name `after`."""
@@ -168,17 +191,13 @@ class Frozen(Readable):
     def __init__(self, backend: Backend, view: Snapshot) -> None:
         self._backend, self._view = backend, view
 
-    def _read(self, action: Callable[[Snapshot], T]) -> T:
+    def _read(self, action: Callable[[Snapshot], T], *, single: bool = False) -> T:  # noqa: ARG002 - it is open anyway
         with self._backend.said():
             return action(self._view)
 
 
 def _as_filter(wanted: Filter | str | None) -> Filter:
     return check_filter(wanted if isinstance(wanted, Filter) else Filter(name=wanted))
-
-
-def _found(view: Snapshot, wanted: Iterable[Reference]) -> Iterator[Found]:
-    return (found for one in wanted if (found := find(view, one)) is not None)
 
 
 def _records(view: Snapshot, found: Sequence[Found]) -> list[Record]:

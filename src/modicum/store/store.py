@@ -312,11 +312,11 @@ class Store(Readable):
         with self._backend.said(), self._backend.change() as change:
             yield change
 
-    def _read(self, action: Callable[[Snapshot], T]) -> T:
+    def _read(self, action: Callable[[Snapshot], T], *, single: bool = False) -> T:
         damaged = False
         for _ in range(_TRIES):
             try:
-                with self._backend.said(), self._backend.snapshot() as view:
+                with self._backend.said(), self._backend.snapshot(single=single) as view:
                     return action(view)
             except MovedError:
                 continue

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import datetime
 
-    from modicum.store.engine.interface import Snapshot
+    from modicum.store.engine.interface import Located, Snapshot
 
 _COLUMNS = (
     "SELECT n.id, n.name, v.version, v.object, v.size, v.kind, v.entry "
@@ -107,15 +107,25 @@ def find_name(view: Snapshot, name: str) -> Name:
 
 
 def find(view: Snapshot, wanted: Reference) -> Found | None:
-    """The version that `wanted` refers to, None if there is no such thing."""
-    if wanted.selector == LATEST:
-        found = view.rows(_NEWEST, wanted.name)
-    elif isinstance(wanted.selector, int) and not 0 < wanted.selector < _TOO_MANY:
-        found = []
-    else:
-        query = _BY_NUMBER if isinstance(wanted.selector, int) else _BY_ALIAS
-        found = view.rows(query, wanted.name, wanted.selector)
+    """The version that `wanted` refers to, None if there is no such thing; one statement."""
+    found = view.rows(*_query(wanted))
     return Found(*found[0]) if found else None
+
+
+def find_located(view: Snapshot, wanted: Reference) -> tuple[Found, Located] | None:
+    """What `find` finds, and where its record is; one statement."""
+    found = view.rows_located(*_query(wanted))
+    return (Found(*found[0][0]), found[0][1]) if found else None
+
+
+def _query(wanted: Reference) -> tuple[Any, ...]:
+    """The query for a version, and its values."""
+    if wanted.selector == LATEST:
+        return _NEWEST, wanted.name
+    if isinstance(wanted.selector, int):
+        # no version has a number below 1
+        return _BY_NUMBER, wanted.name, wanted.selector if 0 < wanted.selector < _TOO_MANY else 0
+    return _BY_ALIAS, wanted.name, wanted.selector
 
 
 def resolve_many(view: Snapshot, wanted: Sequence[Reference]) -> list[Found]:

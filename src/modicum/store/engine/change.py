@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 #: bytes put together for one write
 _WRITE = 1 << 26
 _PLACE = "SELECT digest, segment, start, size FROM objects WHERE id = ?"
+_AND_PLACE = (
+    "SELECT found.*, found.object, digest, segment, start, objects.size FROM ({}) found "
+    "LEFT JOIN objects ON objects.id = found.object"
+)
 PLACES = "SELECT id, digest, segment, start, size FROM objects WHERE id IN ({})"
+#: digest, segment, start, size
+_Place = tuple[bytes, int, int, int]
 #: keys of a query at a time: the first ones tell whether the disk is waited for, which takes longer than this for one
 _FIRST, _FOLLOWING = 1, 8
 _WAITED = 1e-4
@@ -32,6 +38,14 @@ _WAITED = 1e-4
 def marks(values: Sequence[Any]) -> str:
     """As many question marks as there are values."""
     return ", ".join("?" * len(values))
+
+
+def _listed(number: int, place: Any) -> _Place:
+    if place is None or place[0] is None:
+        raise CorruptAdapterError(
+            f"the index names no object {number}; run verify, and restore the store from a backup"
+        )
+    return place
 
 
 def _nothing(query: str, keys: Sequence[Any], values: tuple, wanted: int | None) -> None:
@@ -76,31 +90,33 @@ class View:
                 self._fetch(query, keys[at:], values, wanted)
         return found
 
+    def rows_located(self, query: str, *values: Any) -> list[tuple[tuple, Located]]:
+        """All rows of a query, each with where the object is that its column `object` names; one statement."""
+        return [
+            (row[:-5], self._located(*_listed(row[-5], row[-4:])))
+            for row in self.rows(_AND_PLACE.format(query), *values)
+        ]
+
     def locate(self, objects: Sequence[int]) -> list[Located]:
         """Where the objects with these numbers are, in this order; of several, the disk begins to fetch them."""
-        if len(objects) == 1:
-            places = [self._place(objects[0])]
-        else:
+        known: dict[int, Any] = {}
+        if len(objects) > 1:
             known = {number: place for number, *place in self.rows_of(PLACES, list(dict.fromkeys(objects)))}
-            places = [known.get(number) or self._place(number) for number in objects]
+        places = [known.get(number) or self._place(number) for number in objects]
+        if known:
             for _, segment, start, size in places:
                 self.segment(segment).expect(start, size)
-        return [
-            Located(digest, size, functools.partial(self.segment(segment).read, start, size))
-            for digest, segment, start, size in places
-        ]
+        return [self._located(*place) for place in places]
 
     def load(self, objects: Sequence[int]) -> list[Stored]:
         """The objects with these numbers, in this order, unchecked."""
         return [Stored(one.digest, one.read(None)) for one in self.locate(objects)]
 
-    def _place(self, number: int) -> tuple[bytes, int, int, int]:
-        found = self._db.execute(_PLACE, (number,)).fetchone()
-        if found is None:
-            raise CorruptAdapterError(
-                f"the index names no object {number}; run verify, and restore the store from a backup"
-            )
-        return found
+    def _place(self, number: int) -> _Place:
+        return _listed(number, self._db.execute(_PLACE, (number,)).fetchone())
+
+    def _located(self, digest: bytes, segment: int, start: int, size: int) -> Located:
+        return Located(digest, size, functools.partial(self.segment(segment).read, start, size))
 
     def segment(self, number: int) -> Segment:
         """Segment `number`, open.

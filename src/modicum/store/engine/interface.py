@@ -84,6 +84,13 @@ class Snapshot(Protocol):
         """
         ...
 
+    def rows_located(self, query: str, *values: Any) -> list[tuple[tuple, Located]]:
+        """All rows of a query, in any order, each with where the object is that its column `object` names; see `load`.
+
+        One statement asks for both.
+        """
+        ...
+
     def locate(self, objects: Sequence[int]) -> list[Located]:
         """Where the objects with these numbers are, in this order; see `load`."""
         ...
@@ -132,8 +139,11 @@ class Backend(Protocol):
     #: what the user called it
     location: str
 
-    def snapshot(self, *, pinned: bool = False) -> AbstractContextManager[Snapshot]:
-        """A view for some reads; a `pinned` one stays readable for as long as it takes."""
+    def snapshot(self, *, pinned: bool = False, single: bool = False) -> AbstractContextManager[Snapshot]:
+        """A view for some reads; a `pinned` one stays readable for as long as it takes.
+
+        A `single` one is for one statement, which is a moment by itself and costs no transaction.
+        """
         ...
 
     def change(self) -> AbstractContextManager[Change]:

@@ -133,8 +133,8 @@ class Postgres:
                 cursor.executemany("INSERT INTO settings VALUES (%s, %s)", settings.items())
 
     @contextlib.contextmanager
-    def snapshot(self, *, pinned: bool = False) -> Iterator[PostgresView]:
-        """A view for some reads; a `pinned` one has a connection of its own, and compactions spare what it sees."""
+    def snapshot(self, *, pinned: bool = False, single: bool = False) -> Iterator[PostgresView]:
+        """A view for some reads, or a `single` one; compactions spare a `pinned` one, which has its own connection."""
         with contextlib.ExitStack() as stack:
             if pinned:
                 db = stack.enter_context(contextlib.closing(connect(self.address, self.timeout)))
@@ -143,6 +143,9 @@ class Postgres:
                 )  # before the view: it may see more, not less
             else:
                 db = self.connection()
+            if single:
+                yield PostgresView(db, self.bucket)
+                return
             db.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
             try:
                 if pinned:

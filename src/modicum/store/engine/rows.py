@@ -27,6 +27,9 @@ _TYPES = {
     "TEXT": 'TEXT COLLATE "C"',
     " WITHOUT ROWID": "",
 }
+_AND_DIGEST = (
+    "SELECT found.*, found.object, digest FROM ({}) found LEFT JOIN objects ON objects.id = found.object"
+)
 
 
 def tables_here(tables: str) -> str:
@@ -37,6 +40,10 @@ def tables_here(tables: str) -> str:
 @functools.cache
 def _query(text: str) -> Any:
     return text.replace("%", "%%").replace("?", "%s")
+
+
+def _read_already(one: Stored) -> Located:
+    return Located(one.digest, len(one.data), lambda _: one.data)
 
 
 class PostgresView:
@@ -66,11 +73,15 @@ class PostgresView:
             while rows := cursor.fetchmany(5000):
                 yield rows
 
+    def rows_located(self, query: str, *values: Any) -> list[tuple[tuple, Located]]:
+        """All rows of a query, each with the object that its column `object` names; one statement."""
+        rows = self.rows(_AND_DIGEST.format(query), *values)
+        stored = self._stored([row[-2:] for row in rows])
+        return [(row[:-2], _read_already(one)) for row, one in zip(rows, stored, strict=True)]
+
     def locate(self, objects: Sequence[int]) -> list[Located]:
         """The objects with these numbers, in this order; a bucket is asked for all of them at once."""
-        return [
-            Located(one.digest, len(one.data), lambda _, data=one.data: data) for one in self.load(objects)
-        ]
+        return [_read_already(one) for one in self.load(objects)]
 
     def load(self, objects: Sequence[int]) -> list[Stored]:
         """The objects with these numbers, in this order, unchecked.
@@ -80,19 +91,24 @@ class PostgresView:
         """
         query = "SELECT id, digest FROM objects WHERE id IN ({})"
         digests = dict(self.rows_of(query, list(dict.fromkeys(objects))))
-        unlisted = [number for number in objects if number not in digests]
-        if unlisted:
-            raise CorruptAdapterError(
-                f"the index names no object {unlisted[0]}; run verify, and restore the store from a backup"
-            )
-        found = self._bucket.get(digests.values())
-        for digest in digests.values():
+        return self._stored([(number, digests.get(number)) for number in objects])
+
+    def _stored(self, listed: Sequence[tuple[int, bytes | None]]) -> list[Stored]:
+        """The objects with these numbers and digests."""
+        for number, digest in listed:
+            if digest is None:
+                raise CorruptAdapterError(
+                    f"the index names no object {number}; run verify, and restore the store from a backup"
+                )
+        digests = [digest for _, digest in listed if digest is not None]
+        found = self._bucket.get(dict.fromkeys(digests))
+        for digest in digests:
             if digest not in found:
                 raise CorruptAdapterError(
                     f"object {digest.hex()} is missing in {self._bucket.url}; put the same record again, or restore it "
                     "from a backup"
                 )
-        return [Stored(digests[number], found[digests[number]]) for number in objects]
+        return [Stored(digest, found[digest]) for digest in digests]
 
 
 class PostgresChange(PostgresView):

@@ -101,8 +101,8 @@ class Embedded:
             maintenance.publish_folder(aside, folder, INDEX)
 
     @contextlib.contextmanager
-    def snapshot(self, *, pinned: bool = False) -> Iterator[View]:
-        """A view for some reads; a `pinned` one has a connection of its own and holds all segments open."""
+    def snapshot(self, *, pinned: bool = False, single: bool = False) -> Iterator[View]:
+        """A view for some reads, or for a `single` one; a `pinned` one has its own connection and all segments open."""
         with contextlib.ExitStack() as stack:
             if pinned:
                 db = stack.enter_context(contextlib.closing(connect(self.folder / INDEX, self.timeout)))
@@ -110,7 +110,7 @@ class Embedded:
                 db = self.connection()
             inside = db.in_transaction  # of another view of this thread, whose moment is this one's too
             try:
-                if not inside:
+                if not inside and not single:
                     db.execute("BEGIN")
                 yield View(db, self.segments, self._hold(db) if pinned else {}, self._fetch)
             finally:
