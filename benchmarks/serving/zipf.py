@@ -143,6 +143,7 @@ async def measure(given: argparse.Namespace, store: Store) -> dict[str, Any]:
     idle = loads.seconds[count:]
     stats = engine.stats()
     base = sum(p.numel() * p.element_size() for p in engine._model.parameters())  # noqa: SLF001
+    cache = engine._batching.cache.num_sectors * engine._batching.cache.bytes_per_sector  # noqa: SLF001
     await engine.close()
     ratios = [z / r for z, r in zip(rates["zipf"], rates["resident"], strict=True)]
     return {
@@ -156,7 +157,7 @@ async def measure(given: argparse.Namespace, store: Store) -> dict[str, Any]:
         "waited_ms": percentiles(waited),
         "pool": vars(stats.pool),
         "mib": {
-            "process before": before, "base": base / 2**20, "pool": stats.pool.bytes / 2**20,
+            "process before": before, "base": base / 2**20, "pool": stats.pool.bytes / 2**20, "cache": cache / 2**20,
             "process after the first turn": first, "process after the last turn": second,
         },
     }  # fmt: skip
@@ -179,6 +180,10 @@ def table(found: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
         ["switches with nothing else to do, p50 / p99", f"{spread('switch_idle_ms')} ms"],
         ["base model", f"{mib['base']:.1f} MiB"],
         ["pool", f"{mib['pool']:.1f} MiB"],
+        ["cache", f"{mib['cache']:.1f} MiB"],
+        ["base + pool + cache", f"{mib['base'] + mib['pool'] + mib['cache']:.0f} MiB"],
+        ["process, grown since before the model was opened",
+         f"{mib['process after the last turn'] - mib['process before']:.0f} MiB"],
         ["process, after the first turn → after the last one",
          f"{mib['process after the first turn']:.0f} → {mib['process after the last turn']:.0f} MiB"],
     ]  # fmt: skip
