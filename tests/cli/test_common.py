@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,26 @@ def test_progress_without_a_terminal_is_lines(capsys):
         for index in range(3):
             advance(note=f"file {index}")
     assert capsys.readouterr().err == "reading 3/3 file 2\n"
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch):
+    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    screen, theirs = os.openpty()
+    with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr("sys.stderr", terminal)
+        with progress("reading", 4) as advance:
+            advance(2)
+            advance(note="file c")
+    shown = b""
+    with os.fdopen(screen, "rb", buffering=0) as ours, contextlib.suppress(OSError):  # Linux ends with one
+        while part := ours.read(4096):
+            shown += part
+    before, _, after = shown.decode().rpartition("75%")
+    assert "reading file c" in before
+    assert "\x1b[2K" in after  # and it leaves nothing behind
 
 
 def test_progress_without_a_total(capsys):

@@ -104,10 +104,15 @@ def test_listing(run, store):
     assert "cannot read the limit" in run("ls", "--metric", "acc~1", "--json", code=1).json["error"]
 
 
-def test_show(run, store):
+def test_show(run, store, tmp_path):
     shown = run("show", "ada@latest", "--json").json
     assert (shown["version"], shown["parent"], shown["seed"], shown["actor"]) == (2, "ada@1", 3, "ann")
     assert (shown["values"], shown["config"], shown["basis"]) == (256, {"r": 8}, None)
+    assert shown["recipe_digest"] is None
+    (tmp_path / "run.modicum").write_bytes(encode(record(recipe_digest="blake2b:a1")))
+    run("put", "carl", tmp_path / "run.modicum")
+    assert run("show", "carl", "--json").json["recipe_digest"] == "blake2b:a1"
+    assert "blake2b:a1" in run("show", "carl").out
     assert run("show", "team/bob", "--json").json["actor"] == "eve"
     text = run("show", "ada").out
     assert "[b]bold[/b]  [31mred" in text  # as it is, without what a terminal would obey
@@ -138,7 +143,9 @@ def test_aliases_move_and_go_back(run, store):
     run("promote", "ada@2", "--expected", 1)
     assert "ada@2" in run("alias", "ada@production", "canary", "--expected", "none").out
     assert run("show", "ada@canary", "--json").json["aliases"] == ["canary", "production"]
-    run("alias", "ada", "canary", "--remove")
+    moved = {"name": "ada", "alias": "canary", "version": 1}
+    assert run("alias", "ada@1", "canary", "--json").json == moved
+    assert run("alias", "ada", "canary", "--remove", "--json").json == {**moved, "version": None}
     assert "no alias 'canary'" in run("show", "ada@canary", code=1).err
     assert "--expected" in run("promote", "ada@2", "--expected", "x", code=1).err
 
@@ -245,6 +252,9 @@ def test_a_missing_basis_says_which_command_makes_it(run, capsys, files, tmp_pat
     stored = run("show", "ada", "--json").json["basis"]["stored"]
     assert stored.startswith("basis/svd-top-fast")
     assert run("verify", "--json").json["missing_bases"] == []
+    # once, however often it is put
+    again = run("put-basis", next(tmp_path.glob("*.safetensors")), "--json").json
+    assert f"{again['name']}@{again['version']}" == stored
     run("get", "ada", "-o", tmp_path / "b", "--format", "basis")
     run("get", stored, "-o", tmp_path / "c")
     assert Basis.load(tmp_path / "b").fingerprint() == Basis.load(tmp_path / "c").fingerprint()
@@ -260,7 +270,9 @@ def test_many_at_once(run, files, tmp_path):
         (root / f"u{user}" / "a.modicum").write_bytes(encode(record(user)))
     (root / "u1" / "a.modicum").write_bytes(b"\x8aMODICUMno")
     assert "1 of 3 are faulty" in run("put-many", root, "--strict", "--create", code=1).err
-    found = run("put-many", root, "--template", "{parent}", "--tag", "x", "--json", code=1).json
+    put = run("put-many", root, "--template", "{parent}", "--tag", "x", "--json", code=1)
+    assert put.err.splitlines()[-1] == "adapters 3/3"
+    found = put.json
     assert found["stored"] == ["u0@1", "u2@1"]
     assert found["faults"][0]["path"].endswith("u1/a.modicum")
     shown = run("put-many", root, "--template", "{parent}", code=1)

@@ -68,6 +68,14 @@ def postgres(postgres_server, tmp_path):
     return f"{postgres_server}&schema=s{uuid.uuid4().hex[:12]}&objects={tmp_path / 'objects'}"
 
 
+@pytest.fixture
+def open_umask():
+    """New files are for everybody, unless whoever makes them says otherwise."""
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
 @pytest.fixture(params=["embedded", "postgres"])
 def location(request, tmp_path):
     """Where a store can be made, of either kind."""

@@ -18,6 +18,7 @@ import random
 import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -143,7 +144,7 @@ def main(folder: Path | str, rounds: int, seed: int) -> None:
     seeds = {peek(encode(record(number))).digest: number for number in range(40)}
     Store(folder, create=True, segment_bytes=SEGMENT).close()
     rng, model = random.Random(seed), {}
-    acknowledged = interrupted = kept = 0
+    acknowledged, interrupted, kept = Counter[str](), Counter[str](), 0
     for one in range(rounds):
         lines = kill_once(folder, seed * 100_000 + one, model, rng.randrange(16), rng.uniform(0.0, 0.01))
         under_way = None
@@ -151,11 +152,11 @@ def main(folder: Path | str, rounds: int, seed: int) -> None:
             if line[0] == "begin":
                 under_way = line[1]
             else:
+                acknowledged[under_way[0]] += 1
                 model, under_way = applied(model, under_way), None
-                acknowledged += 1
         now = found(folder, seeds)
         if under_way is not None:
-            interrupted += 1
+            interrupted[under_way[0]] += 1
             after = applied(model, under_way)
             if shown(now) == shown(after) != shown(model):
                 model, kept = after, kept + 1

@@ -42,11 +42,13 @@ def test_what_is_said_and_configured(store):
     store.put(
         "ada", record(0, config={"r": 8, "rank_pattern": {"q": 4}}), metrics={"acc": 0.5, "f1": 0.1}, seed=1
     )
-    store.put("bob", record(0, config={"r": 8, "alpha": 2}), metrics={"acc": 0.75}, tags=["x"])
+    bob = record(0, config={"r": 8, "alpha": 2}, recipe_digest="blake2b:a1")
+    store.put("bob", bob, metrics={"acc": 0.75}, tags=["x"])
     found = diff(store, "ada", "bob")
     assert found.configuration == (Change("alpha", None, 2), Change("rank_pattern.q", 4, None))
     assert found.metrics == (Change("acc", 0.5, 0.75), Change("f1", 0.1, None))
     assert {change.name for change in found.facts} >= {"seed", "tags"}
+    assert Change("recipe_digest", None, "blake2b:a1") in found.facts
     assert (found.total.distance, found.total.cosine) == (0.0, pytest.approx(1.0))
     store.put("bob", store.get("ada"))
     assert diff(store, "ada", "bob").same_record

@@ -73,6 +73,30 @@ def test_equal_records_are_stored_once(store):
     assert store.get("user3") == record(0)  # the same record under another name
 
 
+def test_what_a_store_holds_is_counted(store, location):
+    large, small = (len(encode(record(0, r=r))) for r in (8, 4))
+    store.put_many(
+        [("bob", record(1)), ("ada", record(2, r=4)), ("ada", record(3, r=4)), ("carl", record(1))]
+    )
+    found = store.stats()
+    assert found.largest == (("ada", 2, 2 * small), ("bob", 1, large), ("carl", 1, large))
+    assert store.stats(largest=2).largest == found.largest[:2]
+    assert found.kinds == (("lora_xs", "bfloat16", "5f" * 16, 4, 2 * small + 2 * large),)
+    assert (found.record_bytes, found.kept_bytes) == (2 * small + 2 * large, 2 * small + large)
+    if isinstance(location, Path):
+        assert found.disk == {
+            "segments": sum(file.stat().st_size for file in location.glob("segments/*")),
+            "index": (location / "index.sqlite").stat().st_size,
+            "log": (location / "index.sqlite-wal").stat().st_size,
+        }
+        assert min(found.disk.values()) > 0
+    else:
+        assert (found.disk["objects"], found.disk["dead"]) == (found.kept_bytes, 0)
+        store.remove("bob", 1)
+        store.remove("carl", 1)
+        assert (store.stats().disk["objects"], store.stats().disk["dead"]) == (2 * small, large)
+
+
 def test_an_alias_moves_and_goes_back_step_by_step(store):
     for seed in range(3):
         store.put("ada", record(seed))
@@ -312,18 +336,23 @@ def test_there_is_no_store_where_none_was_made(tmp_path):
     Store(tmp_path / "empty", create=True).close()  # leaves an existing one alone
 
 
+@pytest.mark.usefixtures("open_umask")
 def test_only_the_owner_may_read(tmp_path):
+    def check(*names):
+        paths = list(tmp_path.rglob("*"))
+        assert {path.name for path in paths} >= set(names)
+        for path in paths:
+            assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
+
     with Store(tmp_path / "store", create=True) as store:
         store.put("ada", record())
-        store.gc(0.0)
+        store.put("bob", record(1))
+        check("index.sqlite", "index.sqlite-wal", "index.sqlite-shm", "00000001.seg")
+        store.remove("bob", 1)
+        assert store.gc(0.0).segments == 1
         store.backup(tmp_path / "copy")
-    for path in [
-        tmp_path / "store",
-        tmp_path / "copy",
-        *(tmp_path / "store").rglob("*"),
-        *(tmp_path / "copy").rglob("*"),
-    ]:
-        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
+        check("copy", "maintenance.lock", "00000002.seg")
+    check("store", "copy")
 
 
 def test_threads_share_a_store(store):

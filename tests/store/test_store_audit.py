@@ -174,6 +174,11 @@ def test_a_clock_that_goes_backwards_does_not_turn_the_log(folder, monkeypatch):
         store.put("now", record(8))
         assert store.log()[-1].at > times[-1]
         assert store.verify().faults == ()
+        seeds = {"one@1": 0, "one@2": 1, "two@1": 0}
+        seeds |= dict.fromkeys(["late@1", "later0@1", "later1@1", "later2@1", "now@1"], 8)
+        assert {str(version) for version in store.ls()} == seeds.keys()
+        assert all(store.get(version) == record(seed) for version, seed in seeds.items())
+        assert store.show("one@production").version == 2
 
 
 def test_the_actor_is_asked_for_in_turn(tmp_path, monkeypatch):

@@ -53,14 +53,14 @@ def test_a_purged_name_leaves_no_byte(store, folder):
     wanted = [payload(1), payload(2), payload(3), NAME.encode(), NOTE.encode(), b"secret_metric"]
     store.remove(NAME, 3)  # removed long before the purge: its bytes count too
     assert on_disk(folder, *wanted) == wanted
-    purged = store.purge(NAME)
+    purged = store.acting("eve").purge(NAME)
     assert on_disk(folder, *wanted) == []
     assert (purged.versions, purged.shared) == (2, ())
     assert purged.bytes == sum(len(encode(record(seed))) for seed in (1, 2, 3))
     with pytest.raises(NotStoredError):
         store.get(NAME)
     said = store.log(after=purged.entry - 1)
-    assert [entry.action for entry in said] == ["purge", "erased"]
+    assert [(entry.action, entry.actor) for entry in said] == [("purge", "eve"), ("erased", "eve")]
     assert said[0].name == f"purged:{purged.pseudonym[:12]}"
     assert said[1].detail == {"purge": purged.entry, "bytes": purged.bytes, "objects": 3}
     assert store.verify().faults == ()
@@ -148,14 +148,15 @@ def test_gc_gives_space_back_and_keeps_what_lives(store, folder):
     before = store.stats().disk["segments"]
     for n in range(30):
         store.remove(f"users/{n:04d}", 1)
-    done = store.gc(0.0)
+    done = store.acting("eve").gc(0.0)
     assert done.segments > 0
     assert before - store.stats().disk["segments"] == pytest.approx(done.bytes - done.moved, abs=2000)
     assert store.stats().disk["segments"] < 1.1 * store.stats().kept_bytes
     assert on_disk(folder, payload(100), payload(129)) == []
     for n in range(30):
         assert store.get(f"users/9{n:04d}") == record(n + 200)
-    assert store.log()[-1].action == "compact"
+    last = store.log()[-1]
+    assert (last.action, last.actor) == ("compact", "eve")
     assert store.gc(0.0).segments == 0
     assert store.verify().faults == ()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -51,8 +50,8 @@ def test_killed_at_any_moment(postgres):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
-    assert found["interrupted"] > 12  # the kills did hit changes
-    assert found["acknowledged"] > 36
+    assert sum(found["interrupted"].values()) > 12  # the kills did hit changes
+    assert sum(found["acknowledged"].values()) > 36
 
 
 def test_what_a_killed_writer_left_in_the_bucket_is_collected(store, tmp_path):
@@ -416,9 +415,10 @@ def test_without_the_extra_its_name_is_said():
     assert "modicum[postgres]" in done.stderr
 
 
+@pytest.mark.usefixtures("open_umask")
 def test_only_the_owner_may_read_objects(store, tmp_path):
     store.put("ada", record(0))
-    os.umask(os.umask(0o022))
+    assert set(objects(tmp_path)) == {0}
     for path in (tmp_path / "objects").rglob("*"):
         assert path.stat().st_mode & 0o077 == 0
 
