@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -25,6 +26,7 @@ HEADER = Header(
     items=digest_of(IDS),
     decoding={"num_beams": 4, "max_new_tokens": 32},
     created_with="modicum 0",
+    rows="0a" * 16,
 )
 ITEMS = [
     Item("t-0", 1.0, 2.5, 3, "solution1", "solution1", slices={"subject": "é"}),
@@ -108,6 +110,7 @@ def test_records_continue_under_the_same_conditions(records):
         {"adapter": "other"},
         {"base_fingerprint": "0"},
         {"decoding": {}},
+        {"rows": "0b" * 16},
     ],
 )
 def test_records_do_not_continue_under_others(records, change):
@@ -126,11 +129,29 @@ def test_comparable_whatever_the_model(records):
 
 
 @pytest.mark.parametrize(
-    "change", [{"protocol": "lm-eval"}, {"protocol_version": "2"}, {"task": "boolq"}, {"template": "0"}]
+    "change",
+    [{"protocol": "lm-eval"}, {"protocol_version": "2"}, {"task": "boolq"}, {"template": "0"}, {"rows": "0"}],
 )
 def test_not_comparable_under_other_conditions(records, change):
     (fault,) = faults_between(records, Records(replace(HEADER, **change), list(ITEMS)))
     assert fault.startswith(f"{next(iter(change))} differs")
+
+
+def test_records_from_before_there_was_a_digest_of_the_rows(records, tmp_path):
+    path = tmp_path / "piqa.parquet"
+    records.write(path)
+    table = pq.read_table(path)
+    values = json.loads(table.schema.metadata[b"modicum"])
+    del values["rows"]
+    pq.write_table(table.replace_schema_metadata({b"modicum": json.dumps(values)}), path)
+    old = Records.read(path)
+    assert old.header == replace(HEADER, rows="")
+    # what is not known is no difference
+    assert faults_between(old, records) == faults_between(records, old) == []
+    assert old.resumed(HEADER, IDS).header == HEADER
+    pq.write_table(table.replace_schema_metadata({b"modicum": json.dumps({**values, "row": ""})}), path)
+    with pytest.raises(DataError, match=r"another version \(modicum 0\): header row$"):
+        Records.read(path)
 
 
 def test_not_comparable_with_other_items(records):

@@ -75,6 +75,19 @@ def test_the_template_is_told_by_its_digest(data):
     assert check(load_suite(suite_of(data, {"template": "Q:{question}"})), data).tasks[0].template != first
 
 
+def test_the_rows_are_told_by_their_digest(data):
+    def digest(rows, limit=None):
+        write_jsonl(data / "t" / "test.jsonl", rows)
+        return check(load_suite(suite_of(data)), data, limit).tasks[0].rows
+
+    first = digest(ROWS)
+    assert (
+        digest(ROWS, limit=2) == digest(ROWS[::-1]) == digest([{**row, "seen": 1} for row in ROWS]) == first
+    )
+    assert digest([*ROWS[:3], {**ROWS[3], "question": "4?"}]) != first
+    assert digest([*ROWS[:3], {**ROWS[3], "answer": "a"}]) != first
+
+
 def test_suites_that_do_not_exist():
     with pytest.raises(ConfigError, match="did you mean 'commonsense'"):
         load_suite("comonsense")
@@ -166,6 +179,130 @@ def test_the_page_lists_every_bundled_suite_and_shows_one_that_works(tmp_path):
     found = check(load_suite(str(tmp_path / "colours.yaml")), tmp_path)
     assert not found.faults
     assert found.tasks[0].notes == ["no item has the answer orange, violet"]
+
+
+def test_data_of_the_hub_by_name(data, monkeypatch):
+    """A folder stands for a data set on the hub, which `datasets` reads alike."""
+    (data / "someone" / "sums").mkdir(parents=True)
+    write_jsonl(data / "someone" / "sums" / "validation.jsonl", ROWS)
+    write_jsonl(
+        data / "someone" / "sums" / "test.jsonl", [{**row, "id": f"u-{row['id']}"} for row in ROWS[:2]]
+    )
+    monkeypatch.chdir(data)
+    suite = load_suite(suite_of(data, {"data": "hub:someone/sums::validation"}))
+    (task,) = check(suite, data / "no such folder").tasks
+    assert task.ids == ["t-0", "t-1", "t-2", "t-3"]
+    assert [row["id"] for row in task_rows(data, "hub:someone/sums").rows] == ["u-t-0", "u-t-1"]
+    (fault,) = check(load_suite(suite_of(data, {"data": "hub:someone/none:main:test"})), data).faults
+    assert "'someone/none'" in fault
+    assert "loaded from the hub (split test, configuration main)" in fault
+
+
+#: metrics of GLUE by its paper (Wang et al. 2018), the number of classes, 0 for a score
+GLUE = {
+    "cola": (["matthews"], 2), "sst2": (["accuracy"], 2), "mrpc": (["accuracy", "f1"], 2),
+    "qqp": (["accuracy", "f1"], 2), "stsb": (["pearson", "spearman"], 0), "mnli": (["accuracy"], 3),
+    "qnli": (["accuracy"], 2), "rte": (["accuracy"], 2),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def every_file(tmp_path_factory):
+    """A data folder with five rows for every bundled task, which have all columns that any task asks for."""
+    folder = tmp_path_factory.mktemp("data")
+    texts = (
+        "sentence",
+        "sentence1",
+        "sentence2",
+        "question1",
+        "question2",
+        "premise",
+        "hypothesis",
+        "instruction",
+    )
+    more = {"problem": "1+1", "level": "1", "type": "sums", "subject": "anatomy", "text": "A text."}
+    suites = [load_suite(name, protocol) for name, known in bundled().items() for protocol in known]
+    rows: dict[str, dict] = {}
+    for task, options in (one for suite in suites for one in suite.tasks.items()):
+        count = {"mmlu": 4, "social_iqa": 3}.get(task, 2)
+        for file in (options["data"], options.get("examples", options["data"])):
+            row = rows.setdefault(file, {
+                **dict.fromkeys(texts, "a text"), **more, "question": "Is _ a word?", "final": "2",
+                "answer": "so\n#### 2" if task == "gsm8k" else "2", "choices": ["x", "y", "z", "w"][:count], "label": 1,
+            })  # fmt: skip
+            if options.get("answers"):
+                row["answer"] = options["answers"][0]
+    for file, row in rows.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(folder / f"{file}.jsonl", [{**row, "id": str(n)} for n in range(5)])
+    return folder
+
+
+def bundled_tasks(name, protocol, folder):
+    if protocol == "lm-eval":
+        pytest.importorskip("lm_eval")
+    found = check(load_suite(name, protocol), folder)
+    assert not found.faults
+    return {task.name: task for task in found.tasks}
+
+
+def test_glue_is_measured_by_its_official_metrics(every_file):
+    tasks = bundled_tasks("glue", "classifier", every_file)
+    assert {n: (task.options.metrics, task.options.labels) for n, task in tasks.items()} == GLUE
+    apart = bundled_tasks("mnli", "classifier", every_file)
+    assert {name: task.options.metrics for name, task in apart.items()} == {
+        "mnli_matched": ["accuracy"], "mnli_mismatched": ["accuracy"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "protocol", "decodings"),
+    [
+        ("commonsense", "llm-adapters", [{"num_beams": 4, "max_new_tokens": 32}] * 8),
+        ("math", "llm-adapters", [
+            {"num_beams": 1, "max_new_tokens": most, "stop": ["Instruction", "Response"]} for most in (1024, 2048)]),
+        ("commonsense", "lm-eval", [{"num_fewshot": 0}] * 7),
+        ("math", "lm-eval", [{"num_fewshot": 5}]),
+        ("mmlu", "lm-eval", [{"num_fewshot": 5}]),
+    ],
+)  # fmt: skip
+def test_the_bundled_suites_ask_as_their_protocols_say(every_file, name, protocol, decodings):
+    tasks = bundled_tasks(name, protocol, every_file)
+    for task, decoding in zip(tasks.values(), decodings, strict=True):
+        assert {key: task.decoding[key] for key in decoding} == decoding
+    if protocol == "llm-adapters":
+        extracts = {"commonsense": ["choice"] * 8, "math": ["number", "math"]}[name]
+        assert [task.options.extract for task in tasks.values()] == extracts
+        assert {task.options.closing for task in tasks.values()} == {"The answer is: "}
+
+
+def test_the_prompts_of_the_papers(every_file):
+    """Each told as facts: two headings around the instruction, and the blanks that code indented in a text leaves."""
+    prompt = bundled_tasks("commonsense", "llm-adapters", every_file)["piqa"]._prompts[0]
+    lines = prompt.split("\n")
+    assert [line.strip() for line in lines[1:]] == ["", "### Instruction:", "a text", "", "### Response:", ""]
+    assert lines[0].split(". ")[0] == "Below is an instruction that describes a task"
+    assert lines[0].endswith("completes the request. ")
+    indents = [len(line) - len(line.lstrip()) for line in lines]
+    assert [indents[place] for place in (0, 2, 3, 5)] == [0, 16, 16, 16]
+    assert lines[-1] == " " * 16
+    math = bundled_tasks("math", "llm-adapters", every_file)
+    for name, question in (("gsm8k", "Is _ a word?"), ("math", "1+1")):
+        first, *rest = math[name]._prompts[0].split("\n")
+        assert first == lines[0].rstrip()
+        assert rest == ["", "### Instruction:", question, "", "### Response: Let's think step by step."]
+
+
+@pytest.mark.shared_data
+def test_boolq_is_asked_without_its_passage(shared_data):
+    """Nothing but the question differs from one prompt to the next."""
+    (task,) = check(load_suite("commonsense", "llm-adapters").only(["boolq"]), shared_data).tasks
+    around = {
+        prompt.replace(row["question"], "", 1) for prompt, row in zip(task._prompts, task._rows, strict=True)
+    }
+    (words,) = around
+    assert "passage" not in words
+    assert len(words) < 400
 
 
 def test_data_by_its_whole_path(data):

@@ -15,11 +15,11 @@ from tests.cli.adapter_files import run
 from tests.small_checkpoints import llama, write_jsonl
 
 import modicum
-from modicum.errors import MissingExtraError
+from modicum.errors import DataError, MissingExtraError
 from modicum.evaluate import harness
 from modicum.evaluate.harness_rows import SETS
 from modicum.evaluate.protocols import check
-from modicum.evaluate.records import Records
+from modicum.evaluate.records import Records, faults_between
 from modicum.evaluate.run_suite import run_suite
 from modicum.evaluate.suites import load_suite
 from modicum.models.loading import load_base, load_tokenizer
@@ -95,6 +95,107 @@ def test_records_agree_with_the_library_and_with_a_direct_computation(tmp_path):
     assert 0 < result.tasks["arc_easy"].metrics["acc"].value < 1
 
 
+def small_set(name):
+    """Rows in our columns, the same in the library's, and the place of the right answer in each."""
+    gold = [n * 3 % 2 for n in range(12)]
+    if name == "winogrande":
+        told = [
+            f"The {a} saw the {ANIMALS[n % 5]}, and _ ran {n} times." for n, a in enumerate("abcdefghijkl")
+        ]
+        ours = [
+            {"question": text, "choices": ["he", "the old man"], "label": g}
+            for text, g in zip(told, gold, strict=True)
+        ]
+        theirs = [
+            {"sentence": text, "option1": "he", "option2": "the old man", "answer": "12"[g]}
+            for text, g in zip(told, gold, strict=True)
+        ]
+    else:
+        ends = [
+            [f"runs [step] to {n}.", f"and the {ANIMALS[n % 5]} sleeps for a very long time."]
+            for n in range(12)
+        ]
+        ours = [
+            {"question": f"Farm: A {ANIMALS[n % 5]} wakes. then it", "choices": ends[n], "label": g}
+            for n, g in enumerate(gold)
+        ]
+        theirs = [
+            {
+                "activity_label": "Farm", "ctx_a": f"A {ANIMALS[n % 5]} wakes.", "ctx_b": "then it",
+                "endings": ends[n], "label": str(g),
+            }
+            for n, g in enumerate(gold)
+        ]  # fmt: skip
+    named = [[{"id": f"q-{n}", **row} for n, row in enumerate(rows)] for rows in (ours, theirs)]
+    return *named, gold
+
+
+def same_metrics(found, theirs, names):
+    """Whether the library's values and standard errors stand in ours."""
+    for name in names:
+        assert found[name].value == pytest.approx(theirs[f"{name},none"])
+        half = 1.959964 * theirs[f"{name}_stderr,none"]
+        assert found[name].high - found[name].value == pytest.approx(half, rel=1e-5)
+        assert half > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "metrics"),
+    [
+        # the question is in the choices, and what follows is scored
+        ("winogrande", "winogrande/default.yaml", ["acc"]),
+        ("hellaswag", "hellaswag/hellaswag.yaml", ["acc", "acc_norm"]),
+    ],
+)
+def test_other_sets_agree_with_the_library(tmp_path, name, file, metrics):
+    rows, docs, gold = small_set(name)
+    theirs = simply_evaluated(
+        name, docs, tmp_path / "theirs", include=library_file(file), training_split=None
+    )
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    (result,) = go(suite_of(tmp_path, **{name: {"data": "a"}}), tmp_path)
+    same_metrics(result.tasks[name].metrics, theirs["results"], metrics)
+    records = Records.read(tmp_path / "out" / f"{name}.parquet")
+    samples = theirs["samples"]
+    assert records.column("item").tolist() == [sample["doc"]["id"] for sample in samples]
+    np.testing.assert_array_equal(records.column("correct"), [sample["acc"] for sample in samples])
+    scores = [sample["filtered_resps"][place][0] for sample, place in zip(samples, gold, strict=True)]
+    np.testing.assert_allclose(records.column("loss"), np.negative(scores), rtol=1e-4)
+    assert 0 < records.column("correct").mean() < 1
+
+
+def test_a_group_of_subjects_agrees_with_the_library(tmp_path):
+    """MMLU of two subjects of unlike size: the mean over all items, and the standard error of the group."""
+    subject = {"subject": lambda n: "anatomy" if n % 3 else "virology"}
+    rows, examples = rows_of(14, **subject), rows_of(9, **subject)
+    docs = {}
+    for row in rows:
+        docs.setdefault(f"mmlu_{row['subject']}", []).append({**row, "answer": row["label"]})
+    folder = tmp_path / "theirs"
+    for name, some in docs.items():
+        shown = [{**row, "answer": row["label"]} for row in examples if name.endswith(row["subject"])]
+        written(name, some, folder, shown, include=library_file(f"mmlu/default/{name}.yaml"), num_fewshot=2)
+    group = {
+        "group": "pair",
+        "task": list(docs),
+        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+    }
+    (folder / "pair.yaml").write_text(yaml.safe_dump(group), encoding="utf-8")
+    theirs = evaluated("pair", folder)
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    write_jsonl(tmp_path / "dev.jsonl", examples)
+    (result,) = go(suite_of(tmp_path, mmlu={"data": "a", "examples": "dev", "num_fewshot": 2}), tmp_path)
+    same_metrics(result.tasks["mmlu"].metrics, theirs["results"]["pair"], ["acc"])
+    samples = {sample["doc"]["id"]: sample for name in docs for sample in theirs["samples"][name]}
+    records = Records.read(tmp_path / "out" / "mmlu.parquet")
+    assert {one.item for one in records.items} == set(samples)
+    for one in records.items:
+        assert one.correct == samples[one.item]["acc"]
+        score, _ = samples[one.item]["filtered_resps"][samples[one.item]["target"]]
+        assert one.loss == pytest.approx(-score, rel=1e-4)
+    assert len(set(map(len, docs.values()))) == 2
+
+
 def library_alone(rows, folder):
     """Results and samples of the library's arc_easy, from its own file, data loader, model class and entry point."""
     docs = [
@@ -119,25 +220,38 @@ def library_file(name):
 
 def simply_evaluated(name, docs, folder, model="embedded", start=None, **task):
     """Results and samples of one task of the library on `docs`; `start`: whether it sets start marks in texts."""
-    import lm_eval.tasks
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+    written(name, docs, folder, **task)
+    found = evaluated(name, folder, model, start)
+    return {"results": found["results"][name], "samples": found["samples"][name]}
 
-    folder.mkdir()
+
+def written(name, docs, folder, examples=(), **task):
+    """Writes a task of the library with `docs` as its rows, and the rows of its examples as its split dev."""
+    folder.mkdir(exist_ok=True)
+    files = {"test": str(write_jsonl(folder / f"{name}.jsonl", docs))}
+    if examples:
+        files["dev"] = str(write_jsonl(folder / f"{name}-dev.jsonl", examples))
     task |= {
         "task": name,
         "dataset_path": "json",
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": {"test": str(write_jsonl(folder / "docs.jsonl", docs))}},
+        "dataset_kwargs": {"data_files": files},
         "validation_split": None,
         "test_split": "test",
     }
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+
+
+def evaluated(name, folder, model="embedded", start=None):
+    """What the library finds for a task or a group in `folder`."""
+    import lm_eval.tasks
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
     with harness._quietly():
         wrapped = HFLM(load_base(model), tokenizer=load_tokenizer(model), batch_size=1, add_bos_token=start)
         manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(folder))
-        found = simple_evaluate(wrapped, tasks=[name], task_manager=manager)
-    return {"results": found["results"][name], "samples": found["samples"][name]}
+        return simple_evaluate(wrapped, tasks=[name], task_manager=manager)
 
 
 def test_generated_answers_agree_with_the_library(tmp_path):
@@ -284,6 +398,8 @@ def test_generated_answers(tmp_path):
          "P.\nQuestion: is it?\nAnswer:", ["no", "yes"], 1),
         ("piqa", {"question": "G", "choices": ["x", "y"], "label": 1}, "Question: G\nAnswer:", ["x", "y"], 1),
         ("winogrande", {"question": "A _ of it.", "choices": ["x", "y"], "label": 1}, 1, ["A x", "A y"], "of it."),
+        ("social_iqa", {"question": "Ann ran. Why did she?", "choices": ["x", "y", "z"], "label": 2},
+         "Q: Ann ran. Why did she?\nA:", ["x", "y", "z"], 2),
         ("openbookqa", {"question": "Q", "choices": ["x", "y", "z"], "label": 2}, "Q", ["x", "y", "z"], 2),
         ("arc_challenge", {"question": "Q", "choices": ["x", "y"], "label": 0}, "Question: Q\nAnswer:", ["x", "y"], 0),
         ("hellaswag", {"question": "Roof: A man sits on a roof. he", "choices": ["is [x] up.", "y"], "label": 1},
@@ -299,6 +415,42 @@ def test_our_rows_as_the_library_reads_them(tmp_path, name, row, prompt, choices
     assert built.doc_to_choice(doc) == choices
     assert built.doc_to_target(doc) == target
     assert task.ids == ["1"]
+
+
+def test_rows_and_examples_are_told_by_their_digests(tmp_path):
+    problems = [{"id": f"g-{n}", "question": f"{n} and 1?", "answer": f"so\n#### {n + 1}"} for n in range(4)]
+
+    def digests(rows=problems, examples=problems, shots=2, limit=None):
+        write_jsonl(tmp_path / "a.jsonl", rows)
+        write_jsonl(tmp_path / "shown.jsonl", examples)
+        task = {"data": "a", "examples": "shown", "num_fewshot": shots}
+        (found,) = check(suite_of(tmp_path, gsm8k=task), tmp_path, limit).tasks
+        return found.template, found.rows
+
+    template, rows = digests()
+    other = [*problems[:-1], {**problems[-1], "question": "3 and one?"}]
+    assert digests(limit=2) == (template, rows)
+    assert digests(rows=other)[0] == template
+    assert digests(rows=other)[1] != rows
+    assert digests(examples=other)[0] != template
+    assert digests(examples=problems[::-1])[0] != template
+    assert digests(examples=other)[1] == rows
+    # examples that are not shown do not matter
+    assert digests(shots=0) == digests(examples=other, shots=0)
+
+
+def test_results_with_other_examples_are_not_compared(tmp_path):
+    rows = rows_of(4, subject=lambda n: "anatomy")
+    suite = suite_of(tmp_path, mmlu={"data": "a", "examples": "dev", "num_fewshot": 1})
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    found = []
+    for turn, examples in enumerate((rows[:1], rows[1:2])):
+        write_jsonl(tmp_path / "dev.jsonl", examples)
+        run_suite(suite, "embedded", data_dir=tmp_path, output=tmp_path / str(turn))
+        found.append(Records.read(tmp_path / str(turn) / "mmlu.parquet"))
+    assert [fault.split()[0] for fault in faults_between(*found)] == ["template"]
+    with pytest.raises(DataError, match="template differs"):
+        run_suite(suite, "embedded", data_dir=tmp_path, output=tmp_path / "0", resume=True)
 
 
 @pytest.mark.parametrize(
@@ -345,6 +497,7 @@ def test_a_library_that_is_missing_or_does_not_fit(monkeypatch):
 def test_the_bundled_suites_fit_the_data(shared_data):
     for name, task, size in (
         ("commonsense", "hellaswag", 2034),
+        ("commonsense", "social_iqa", 1573),
         ("math", "gsm8k", 1069),
         ("mmlu", "mmlu", 11182),
     ):

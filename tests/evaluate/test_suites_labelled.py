@@ -138,6 +138,19 @@ def test_what_is_wrong_with_a_classifier_task(tmp_path, change, fault):
     assert fault in found
 
 
+def test_the_rows_are_told_by_their_digest(tmp_path):
+    rows = [{"id": str(n), "sentence": "ab"[n % 2], "label": n % 2} for n in range(4)]
+
+    def digest(rows, limit=None):
+        write_jsonl(tmp_path / "a.jsonl", rows)
+        (task,) = check(suite_of(tmp_path, "classifier", a=classes()), tmp_path, limit).tasks
+        return task.rows
+
+    assert digest(rows) == digest(rows, limit=1) == digest(rows[::-1])
+    for change in ({"sentence": "c"}, {"label": 1}):
+        assert digest([{**rows[0], **change}, *rows[1:]]) != digest(rows)
+
+
 def test_labels_outside_the_set_and_labels_that_never_occur(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"sentence": "a", "label": label} for label in (0, 2, 0)])
     (fault,) = check(suite_of(tmp_path, "classifier", a=classes()), tmp_path).faults

@@ -83,7 +83,7 @@ def load_rows(source: str, split: Split = "train", hub_config: str | None = None
         else:
             if _looks_local(source):
                 raise DataError(_missing_message(path))
-            return _from_hub(source, split, hub_config)
+            return from_hub(source, split, hub_config)
     return read_files(files, source)
 
 
@@ -287,7 +287,12 @@ def _missing_message(path: Path) -> str:
     return f"no file {path}{did_you_mean(path.name, names)}; {folder} holds {listing(names, 8) or 'nothing'}"
 
 
-def _from_hub(source: str, split: Split, config: str | None) -> Rows:
+def from_hub(source: str, split: str, config: str | None) -> Rows:
+    """The rows of a data set on the hub, or in a folder that `datasets` reads alike.
+
+    Raises:
+        DataError: it cannot be had, or holds no such rows.
+    """
     import datasets
 
     try:

@@ -16,7 +16,7 @@ from modicum.errors import ConfigError, listing
 from modicum.evaluate import metrics as formulas
 from modicum.evaluate.intervals import Measure, bootstrap, wilson
 from modicum.evaluate.mixing import in_order, routed
-from modicum.evaluate.protocols import EvaluationTask, Subject, fingerprint, item_ids
+from modicum.evaluate.protocols import EvaluationTask, Subject, fingerprint, held, item_ids
 from modicum.evaluate.records import Item, Records
 from modicum.evaluate.suites import task_rows
 
@@ -35,7 +35,7 @@ _CONTINUOUS = ("pearson", "spearman")
 class Options(Section):
     """What a suite may say about a task of this protocol."""
 
-    data: str = Field(description="File of the rows below the data folder; endings may be left out.")
+    data: str = Field(description="File of the rows below the data folder, or hub:NAME:CONFIG:SPLIT.")
     columns: list[str] = Field(min_length=1, max_length=2, description="One or two columns of text.")
     label: str = Field("label", description="Column of the class index, or of the number.")
     labels: int = Field(ge=0, description="Classes; 0 when the label is a number.")
@@ -82,6 +82,7 @@ class Task(EvaluationTask):
         found = labels_of(rows, _reading(options), options.labels or None, regression=not options.labels)
         never = [str(label) for label in range(options.labels) if label not in found]
         task = cls(name, options, rows.subset(list(range(len(rows)))[:limit]), ids[:limit])
+        task.rows = held(rows, ids, [*options.columns, options.label])
         if never:
             task.notes.append(f"no item has the label {listing(never)}")
         return task

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import json
 import logging
 import sys
 import warnings
@@ -43,7 +44,7 @@ _INVALID = "[invalid]"
 class Options(Section):
     """What a suite may say about a task of this protocol."""
 
-    data: str = Field(description="File of the rows below the data folder; endings may be left out.")
+    data: str = Field(description="File of the rows below the data folder, or hub:NAME:CONFIG:SPLIT.")
     examples: str | None = Field(None, description="File of the rows from which examples are drawn.")
     task: str | None = Field(None, description="The library's name of the task, if not the one in the suite.")
     num_fewshot: int | None = Field(
@@ -57,12 +58,16 @@ class Task(EvaluationTask):
     Options = Options
     options: Options
 
-    def __init__(self, name: str, options: Options, built: dict[str, Any]) -> None:
+    def __init__(
+        self, name: str, options: Options, built: dict[str, Any], examples: list[list[dict[str, Any]]]
+    ) -> None:
         super().__init__(name, options)
         self._built = built
         self.ids = [doc["id"] for task in built.values() for doc in task.eval_docs]
-        self.template = fingerprint(*(_shown(task) for task in built.values()))
         first = next(iter(built.values()))
+        # examples are drawn by their places, so their order belongs to what is shown too
+        before = [json.dumps(examples)] if first.config.num_fewshot else []
+        self.template = fingerprint(*(_shown(task) for task in built.values()), *before)
         self.decoding = {"num_fewshot": first.config.num_fewshot or 0, "version": str(first.VERSION)}
         if first.OUTPUT_TYPE == "generate_until":
             self.decoding["generation"] = dict(first.config.generation_kwargs)
@@ -100,7 +105,9 @@ class Task(EvaluationTask):
             raise ConfigError(
                 f"fewer examples than num_fewshot wants: {', '.join(short)}; name rows with `examples`"
             )
-        task = cls(name, options, built)
+        task = cls(name, options, built, [shown.get(key, []) for key in built])
+        # the examples of an item depend on the items before it
+        task.rows = fingerprint(json.dumps(docs))
         task.notes += never_right(source, rows)
         return task
 

@@ -126,6 +126,13 @@ def _piqa(row: Row) -> Row:
     }
 
 
+def _social_iqa(row: Row) -> Row:
+    """Context and question apart; the library joins them with a blank, so that any blank will do."""
+    context, _, question = row["question"].rpartition(" ")
+    answers = dict(zip(("answerA", "answerB", "answerC"), row["choices"], strict=True))
+    return {"context": context, "question": question, **answers, "label": str(row["label"] + 1)}
+
+
 def _winogrande(row: Row) -> Row:
     return {
         "sentence": row["question"],
@@ -157,6 +164,7 @@ SETS: dict[str, HarnessSet] = {
     "boolq": HarnessSet("super_glue/boolq", ("passage", *_CHOICES), _boolq, (2,)),
     "hellaswag": HarnessSet("hellaswag", _CHOICES, _hellaswag),
     "piqa": HarnessSet("piqa", _CHOICES, _piqa, (2,)),
+    "social_iqa": HarnessSet("siqa", _CHOICES, _social_iqa, (3,), {"question": " "}),
     "winogrande": HarnessSet("winogrande", _CHOICES, _winogrande, (2,), {"question": "_"}),
     "openbookqa": HarnessSet("openbookqa", _CHOICES, _lettered("question_stem")),
     "mmlu": HarnessSet("mmlu/default", ("subject", *_CHOICES), _mmlu, (4,), subject="subject"),

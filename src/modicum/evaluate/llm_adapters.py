@@ -20,7 +20,7 @@ from modicum.errors import ConfigError, listing
 from modicum.evaluate import answers
 from modicum.evaluate.generate import completions
 from modicum.evaluate.intervals import Measure, wilson
-from modicum.evaluate.protocols import EvaluationTask, Subject, fingerprint, item_ids
+from modicum.evaluate.protocols import EvaluationTask, Subject, fingerprint, held, item_ids
 from modicum.evaluate.records import Item, Records
 from modicum.evaluate.suites import task_rows
 
@@ -39,7 +39,7 @@ FOUND = "found"
 class Options(Section):
     """What a suite may say about a task of this protocol."""
 
-    data: str = Field(description="File of the rows below the data folder; endings may be left out.")
+    data: str = Field(description="File of the rows below the data folder, or hub:NAME:CONFIG:SPLIT.")
     template: str = Field(description="The prompt, with columns in braces.")
     reference: str = Field(description="Column of the wanted answer.")
     extract: str = Field(description="choice, number, math, or FILE.py:FUNCTION beside the suite.")
@@ -87,6 +87,7 @@ class Task(EvaluationTask):
         ids = item_ids(rows)
         kept = list(range(len(rows)))[:limit]
         task = cls(name, options, rows.subset(kept), ids[:limit], folder)
+        task.rows = held(rows, ids, [*columns, options.reference])
         never = [answer for answer in options.answers if answer not in references]
         if never:
             task.notes.append(f"no item has the answer {listing(never)}")

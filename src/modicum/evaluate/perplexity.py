@@ -36,7 +36,7 @@ VERSION = "1"
 class Options(Section):
     """What a suite may say about a task of this protocol."""
 
-    data: str = Field(description="File of the texts below the data folder; endings may be left out.")
+    data: str = Field(description="File of the texts below the data folder, or hub:NAME:CONFIG:SPLIT.")
     column: str = Field("text", description="Column of the text.")
     window: int = Field(512, ge=2, description="Tokens that the model sees at once; at most its positions.")
     stride: int | None = Field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from pydantic import ValidationError
 
 from modicum.errors import ConfigError, DataError, did_you_mean
+from modicum.evaluate.records import digest_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -53,8 +55,9 @@ class Subject:
 class EvaluationTask(ABC):
     """One task of a suite, its rows read and checked, ready to run on any number of subjects.
 
-    `ids`: the ids of all items; `template`: digest of what the model is shown; `decoding`: how it answers;
-    `notes`: what is odd about the data without forbidding a run.
+    `ids`: the ids of all items; `template`: digest of what the model is shown around them; `rows`: digest of what they
+    hold, whatever the limit, empty where the template says it; `decoding`: how it answers; `notes`: what is odd about
+    the data without forbidding a run.
     """
 
     #: the options that a suite may set for a task
@@ -67,7 +70,7 @@ class EvaluationTask(ABC):
     def __init__(self, name: str, options: Section) -> None:
         self.name, self.options = name, options
         self.ids: list[str] = []
-        self.template = ""
+        self.template = self.rows = ""
         self.decoding: dict[str, Any] = {}
         self.notes: list[str] = []
 
@@ -177,6 +180,15 @@ def item_ids(rows: Rows) -> list[str]:
         seen.setdefault(str(name), index)
     faults.finish()
     return [str(row["id"]) for row in rows.rows]
+
+
+def held(rows: Rows, ids: Sequence[str], columns: Iterable[str]) -> str:
+    """A digest (32 hexadecimal digits) of what `rows` hold in `columns`, whatever the order of the rows."""
+    names = sorted(set(columns))
+    return digest_of(
+        json.dumps([name, *(row.get(column) for column in names)], default=str)
+        for name, row in zip(ids, rows.rows, strict=True)
+    )
 
 
 def fingerprint(*parts: Any) -> str:

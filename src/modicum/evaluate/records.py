@@ -59,9 +59,10 @@ class Item:
 class Header:
     """Under which conditions a task was evaluated.
 
-    `template`: digest of the prompt template; `base_fingerprint`: digest of the base weights, `items`: digest over
-    the ids of all items of the task, recorded or not yet (`digest_of`); `decoding`: how answers were generated or
-    scored, e.g. `{"num_beams": 4, "max_new_tokens": 32}`; `created_with`: name and version of the program.
+    `template`: digest of the prompt template, and of the examples before a question; `base_fingerprint`: digest of the
+    base weights, `items`: digest over the ids of all items of the task, recorded or not yet (`digest_of`); `decoding`:
+    how answers were generated or scored, e.g. `{"num_beams": 4, "max_new_tokens": 32}`; `created_with`: name and
+    version of the program; `rows`: digest of what the rows hold, empty where the template says it and in older records.
     """
 
     protocol: str
@@ -75,10 +76,13 @@ class Header:
     items: str
     decoding: dict[str, Any] = field(default_factory=dict)
     created_with: str = ""
+    rows: str = ""
 
 
+#: the fields that older records lack, which says nothing about them
+_LATER = {"rows"}
 #: what two records that are compared, or two halves of one, must share
-_COMPARABLE = ("protocol", "protocol_version", "task", "template", "decoding")
+_COMPARABLE = ("protocol", "protocol_version", "task", "template", "rows", "decoding")
 _RESUMABLE = (*_COMPARABLE, "model", "adapter", "base_fingerprint")
 
 
@@ -213,7 +217,8 @@ def faults_between(a: Records, b: Records) -> list[str]:
 
 def _differences(a: Header, b: Header, names: tuple[str, ...]) -> list[str]:
     pairs = [(name, getattr(a, name), getattr(b, name)) for name in names]
-    return [f"{name} differs: {x!r} and {y!r}" for name, x, y in pairs if x != y]
+    known = [(name, x, y) for name, x, y in pairs if name not in _LATER or (x and y)]
+    return [f"{name} differs: {x!r} and {y!r}" for name, x, y in known if x != y]
 
 
 def _schema() -> Any:
@@ -232,9 +237,9 @@ def _header(schema: Any, path: Path) -> Header:
         )
     values = json.loads(text)
     known = {one.name for one in fields(Header)}
-    if set(values) != known:
-        wrong = listing(sorted(set(values) ^ known))
+    wrong = sorted((set(values) ^ known) - _LATER)
+    if wrong:
         raise DataError(
-            f"{path} was written by another version ({values.get('created_with')}): header {wrong}"
+            f"{path} was written by another version ({values.get('created_with')}): header {listing(wrong)}"
         )
     return Header(**values)

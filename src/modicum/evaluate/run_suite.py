@@ -175,6 +175,7 @@ class _Evaluation:
             items=digest_of(task.ids),
             decoding=task.decoding,
             created_with=f"modicum {__version__}",
+            rows=task.rows,
         )
         path = run.folder / f"{task.name}{SUFFIX}"
         return Records.read(path).resumed(header, task.ids) if path.exists() else Records(header)

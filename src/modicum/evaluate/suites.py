@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from modicum.data.files import Rows, read_files
+from modicum.data.files import Rows, from_hub, read_files
 from modicum.errors import ConfigError, DataError, did_you_mean, listing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _FIELDS = ("suite", "protocol", "about", "defaults", "tasks")
+_HUB = "hub:"
 #: endings under which the files of a data folder are looked for
 _ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".json", ".csv", ".tsv", ".parquet", ".txt", ".txt.gz")
 
@@ -81,9 +82,14 @@ def load_suite(name_or_file: str, protocol: str | None = None) -> Suite:
 def task_rows(data_dir: Path, data: str) -> Rows:
     """The rows of the file `data` (endings may be left out) below `data_dir`, or at its own absolute path.
 
+    `hub:NAME`, `hub:NAME:CONFIG` or `hub:NAME:CONFIG:SPLIT` is a data set on the hub, its test split if none is named.
+
     Raises:
         DataError: no such file, with those that are there; unreadable rows.
     """
+    if data.startswith(_HUB):
+        name, config, split = [*data.removeprefix(_HUB).split(":", 2), "", ""][:3]
+        return from_hub(name, split or "test", config or None)
     wanted = data_dir / data
     candidates = [wanted, *(wanted.with_name(wanted.name + ending) for ending in _ENDINGS)]
     for file in candidates:
