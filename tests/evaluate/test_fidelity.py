@@ -20,6 +20,7 @@ from modicum.evaluate import fidelity as module
 from modicum.evaluate.fidelity import fidelity
 from modicum.models.families import widths
 from modicum.models.subnetwork import narrow
+from modicum.ops.sparsity import magnitude_scores, mask
 from modicum.quant.huggingface import quantize_linears
 
 IDS = models.tokens(6, 20)
@@ -118,6 +119,34 @@ def test_quantized_weights_take_the_bits_of_all_they_hold():
     assert found.weight_bytes < found.base_weight_bytes
     assert 0 < found.kl.value < 2
     assert len([layer for layer in found.layers if layer.kind == "linear"]) == 15
+
+
+def test_a_sparse_model():
+    base, sparse = models.llama(), models.llama()
+    inputs, name = {}, "model.layers.1.mlp.down_proj"
+    base.get_submodule(name).register_forward_hook(lambda m, args, y: inputs.update(x=args[0], y=y))
+    with torch.no_grad():
+        for module_name, layer in sparse.named_modules():
+            if module_name.endswith("_proj"):
+                layer.weight.mul_(mask(magnitude_scores(layer.weight), 0.5))
+    zeros = [
+        (layer.weight == 0).double().mean().item()
+        for layer_name, layer in sparse.named_modules()
+        if layer_name.endswith("_proj")
+    ]
+    assert zeros == [0.5] * 14
+    found = fidelity(sparse, base, IDS, batch_size=6)
+    assert 0 < found.kl.low < found.kl.value < found.kl.high
+    assert 0 < found.top1_agreement.value < 1
+    assert found.perplexity_ratio.value == pytest.approx(found.perplexity / found.base_perplexity)
+    assert found.perplexity_ratio.value != pytest.approx(1, abs=1e-3)
+    errors = {layer.name: layer.error for layer in found.layers}
+    left = F.linear(inputs["x"], sparse.get_submodule(name).weight)
+    assert errors[name] == pytest.approx(((left - inputs["y"]).norm() / inputs["y"].norm()).item(), rel=1e-5)
+    assert min(error for layer_name, error in errors.items() if layer_name.endswith("_proj")) > 0.05
+    # zeros that are kept as numbers take the room of numbers
+    assert found.bits_per_weight == found.base_bits_per_weight == 32
+    assert found.weight_bytes == found.base_weight_bytes
 
 
 def test_adapted_models():

@@ -207,6 +207,27 @@ def test_all_that_is_missing_fails_and_says_so(check, tmp_path):
     assert found[3].error == "No such file or directory: gone.json"
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"protocol": "lm-eval"}, "protocol differs: 'lm-eval' and 'choices'"),
+        ({"template": "ef" * 16}, "template differs"),
+        ({"rows": "0b" * 16}, "rows differs"),
+        ({"decoding": {"num_beams": 4}}, "decoding differs"),
+    ],
+)
+def test_records_under_other_conditions_are_refused(check, tmp_path, change, told):
+    records(OLD, [2.0] * 200, rows="0a" * 16).write(tmp_path / "old.parquet")
+    records(OLD, [2.0] * 200, **{"rows": "0a" * 16, **change}).write(tmp_path / "new.parquet")
+    found = check(
+        {"not_worse": {"records": "new.parquet", "than": "old.parquet", "by": "99 points"}},
+        {"same": {"records": "new.parquet", "other": "old.parquet", "tolerance": 1}},
+    )
+    for verdict in found:
+        assert not verdict.passed
+        assert told in verdict.error
+
+
 def test_reports(check, tmp_path):
     records(OLD).write(tmp_path / "a.parquet")
     check(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,10 +13,12 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from tests.cli.adapter_files import run
+from tests.evaluate.test_latency import watched
 from tests.small_checkpoints import llama, write_jsonl
 
 import modicum
 from modicum.errors import ConfigError, DataError
+from modicum.evaluate import run_suite as running
 from modicum.evaluate.generate import complete, completions
 from modicum.evaluate.llm_adapters import Task
 from modicum.evaluate.records import Records
@@ -71,6 +76,23 @@ def test_beams_in_batches_equal_one_prompt_at_a_time(language, said):
     assert said != complete(model, tokenizer, ids, max_new_tokens=8)
     direct = model.generate(torch.tensor([ids[0]]), max_new_tokens=8, num_beams=3, do_sample=False)
     assert tokenizer.decode(direct[0, len(ids[0]) :], skip_special_tokens=True).strip() == said[0]
+
+
+def test_a_cache_is_kept_and_batches_go_by_length():
+    model, tokenizer = load_base(str(llama())), load_tokenizer(str(llama()))
+    _, seen = watched(model=model)
+    lengths = [5, 12, 3, 9, 20, 7, 4]
+    prompts = [[1] + [10 + n] * (length - 1) for n, length in enumerate(lengths)]
+    complete(model, tokenizer, prompts, max_new_tokens=4, batch_size=3)
+    starts = [at for at, (_, _, held, _) in enumerate(seen) if held == 0]
+    # the longest come first, and alike ones together
+    assert [seen[at][1] for at in starts] == [(3, 20), (3, 7), (1, 3)]
+    for begin, end in zip(starts, [*starts[1:], len(seen)], strict=True):
+        (rows, width), steps = seen[begin][1], seen[begin + 1 : end]
+        assert steps
+        assert [(shape, held) for _, shape, held, _ in steps] == [
+            ((rows, 1), width + step) for step in range(len(steps))
+        ]
 
 
 def test_what_is_recorded(suite, tmp_path, said):
@@ -131,6 +153,52 @@ def test_an_interrupted_run_is_continued(suite, tmp_path, monkeypatch, said):
     assert [one.prediction for one in others] == [said[int(one.item[2:])] for one in others]
 
 
+#: an evaluation that is killed within its third batch, with what it has saved before
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from modicum.evaluate import run_suite
+from modicum.evaluate.suites import load_suite
+
+run_suite._SAVE_EVERY = 0.0
+done = 0
+
+def advance(items):
+    global done
+    done += items
+    if done > 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+folder = Path(sys.argv[1])
+suite = load_suite(str(folder / "own.yaml")).only(["t"])
+run_suite.run_suite(suite, sys.argv[2], data_dir=folder, output=folder / "out", batch_size=3, advance=advance)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system cannot kill so")
+def test_a_run_that_is_killed_is_continued(suite, tmp_path, said):
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), str(llama())],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    part = Records.read(tmp_path / "out" / "t.parquet")
+    assert len(part) == 6
+    assert not (tmp_path / "out" / "summary.json").exists()
+    marked = [replace(one, prediction="kept") for one in part.items]
+    Records(part.header, marked).write(tmp_path / "out" / "t.parquet")
+    (result,) = go(suite.only(["t"]), tmp_path, resume=True)
+    assert result.tasks["t"].items == 7
+    again = Records.read(tmp_path / "out" / "t.parquet")
+    assert again.complete
+    assert sum(one.prediction == "kept" for one in again.items) == 6
+    (other,) = [one for one in again.items if one.prediction != "kept"]
+    assert other.prediction == said[int(other.item[2:])]
+    assert result.tasks["t"].metrics["accuracy"].value == pytest.approx(5 / 7)
+
+
 def test_a_limit_is_raised_later(suite, tmp_path):
     go(suite, tmp_path, limit=2)
     (result,) = go(suite, tmp_path, limit=5, resume=True)
@@ -173,8 +241,17 @@ def adapters(tmp_path):
     return found
 
 
-def test_several_adapters_on_one_base(suite, tmp_path, adapters):
-    results = go(suite.only(["t"]), tmp_path, adapters=adapters)
+def test_several_adapters_on_one_base(suite, tmp_path, adapters, monkeypatch):
+    loaded = []
+
+    def counted(*arguments, **options):
+        loaded.append(arguments[0])
+        return load_base(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(running, "load_base", counted)
+        results = go(suite.only(["t"]), tmp_path, adapters=adapters)
+    assert loaded == [str(llama())]
     texts = []
     for adapter, result in zip(adapters, results, strict=True):
         assert result.adapter.startswith(f"{adapter}@")

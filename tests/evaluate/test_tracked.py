@@ -76,6 +76,38 @@ def test_evaluations_and_suites_in_mlflow(tracked, tmp_path, capsys):
     assert list((tmp_path / "found" / "logs").glob("events.out.*"))
 
 
+def test_suites_in_trackio_and_tensorboard(tmp_path, monkeypatch, capsys):
+    trackio = pytest.importorskip("trackio")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from trackio.sqlite_storage import SQLiteStorage
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRACKIO_PROJECT", "suites")
+    (tmp_path / "texts.txt").write_text("A quiet river runs by the old mill.\nThe mill stands still today.\n")
+    (tmp_path / "suite.yaml").write_text(SUITE)
+    done = run(
+        capsys, "eval", "-m", "embedded", "--suite", "suite.yaml", "--data-dir", ".", "-o", "found",
+        "--report-to", "trackio", "--report-to", "tensorboard", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    metrics = found["results"][0]["tasks"]["texts"]["metrics"]
+    wanted = {f"texts/{name}": measure["value"] for name, measure in metrics.items()}
+    wanted |= {"texts/perplexity/n": metrics["perplexity"]["n"]}
+    wanted |= {"resources/cpu_seconds": found["resources"]["cpu_seconds"]}
+    events = EventAccumulator(str(tmp_path / "found" / "logs")).Reload()
+    (logged,) = SQLiteStorage.get_logs("suites", "eval embedded on small")
+    for name, value in wanted.items():
+        (tensor,) = events.Tensors(name)
+        assert tensor.tensor_proto.double_val[0] == value, name
+        assert logged[name] == value, name
+    (one,) = trackio.Api().runs("suites")
+    header = Records.read(tmp_path / "found" / "texts.parquet").header
+    assert one.config["texts.base_fingerprint"] == header.base_fingerprint
+    (facts,) = events.Tensors("facts/text_summary")
+    assert f"| protocol | {header.protocol} |" in facts.tensor_proto.string_val[0].decode()
+
+
 def test_what_an_interrupted_suite_took_counts_when_it_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts.txt").write_text("A quiet river runs by the old mill.\n")
