@@ -109,7 +109,14 @@ class Served:
 @contextlib.contextmanager
 def serving(state, store=None, *, engine=None, **settings):
     """A server of the embedded model on a free port, stopped at the end."""
-    engine = {"dtype": "float32", "slots": 80, "max_rank": RANK, "cache_tokens": 1 << 15} | (engine or {})
+    # most tests look into the engine, and another process takes seconds to start
+    engine = {
+        "dtype": "float32",
+        "slots": 80,
+        "max_rank": RANK,
+        "cache_tokens": 1 << 15,
+        "own_process": False,
+    } | (engine or {})
     wanted = Settings(
         EngineSettings("embedded", **engine),
         store=None if store is None else str(store),

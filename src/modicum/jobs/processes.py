@@ -82,7 +82,7 @@ class Processes(Pool):
         running.reader.close()
         running.process.join()
         if error == "":
-            error = _death(running.process.exitcode)
+            error = death(running.process.exitcode)
         return Outcome(running.key, value, error, trace)
 
 
@@ -121,7 +121,8 @@ def gpu_of(slot: int, count: int, visible: str | None) -> str | None:
     return names[slot % count].strip()
 
 
-def _death(code: int | None) -> str:
+def death(code: int | None) -> str:
+    """How a process ended, in words, by its exit code."""
     if code is not None and code < 0:
         name = signal.Signals(-code).name
         hint = "; the system does so when memory runs out" if name == "SIGKILL" else ""

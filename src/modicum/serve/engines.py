@@ -20,19 +20,26 @@ def open_engine(
         ConfigError: no such model or tokenizer, or settings that do not fit it.
         MissingExtraError: it needs vLLM or Ray, which is not installed.
     """
-    if settings.replicas == 1:
+    # vLLM has a process of its own in any case
+    own_process = settings.own_process and settings.kind == "embedded"
+    if settings.replicas == 1 and not own_process:
         return open_local(settings, store, observer)
     from modicum.models.loading import load_tokenizer
-    from modicum.serve.ray.engine import RayEngine
 
     tokenizer = load_tokenizer(settings.model)
+    if settings.replicas == 1:
+        from modicum.serve.process.engine import ProcessEngine
+
+        return ProcessEngine(settings, store, observer=observer), tokenizer
+    from modicum.serve.ray.engine import RayEngine
+
     return RayEngine(settings, store, observer=observer), tokenizer
 
 
 def open_local(
     settings: EngineSettings, store: Store | Source | None, observer: Observer | None = None
 ) -> tuple[Engine, Any]:
-    """The same without replicas."""
+    """The same in this process, without replicas."""
     if settings.kind == "vllm":
         from modicum.serve.vllm.engine import open_engine as open_vllm
 

@@ -246,11 +246,14 @@ class Metrics(Observer):
         return self._engine.stats() if self._engine is not None else EngineStats()
 
     def memory(self) -> dict[str, int]:
-        """Bytes that the process holds: `resident`, and `gpu` where there is one."""
-        held = {"resident": self._process.memory_info().rss}
+        """Bytes that the process, and one of the engine's own, hold: `resident`, and `gpu` where there is one."""
+        stats = self.stats
+        held = {"resident": self._process.memory_info().rss + stats.resident}
         torch: Any = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_initialized():
             held["gpu"] = torch.cuda.memory_allocated()
+        if stats.gpu:
+            held["gpu"] = held.get("gpu", 0) + stats.gpu
         return held
 
     def usage(self) -> dict[str, Usage]:
@@ -284,7 +287,8 @@ class Metrics(Observer):
 
     def tick(self) -> None:
         """Returns when the time since the last call has become a frame; called every second while watching."""
-        stats, resident = self.stats, self._process.memory_info().rss
+        stats = self.stats
+        resident = self._process.memory_info().rss + stats.resident
         self._ticks += 1
         if self._ticks % _COST_EVERY == 0:
             self.share_cost(self._machine.take())

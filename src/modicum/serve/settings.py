@@ -31,8 +31,10 @@ class EngineSettings:
     max_rank: int = 64
     #: equal beginnings under the same version share keys and values
     prefix_caching: bool = True
-    #: what generates: Transformers in this process, or vLLM
+    #: what generates: Transformers, or vLLM
     kind: Literal["embedded", "vllm"] = "embedded"
+    #: the embedded engine in a process of its own: HTTP and generation do not wait for each other, and take more memory
+    own_process: bool = False
     #: engines, on the machines of a Ray cluster if there are several
     replicas: int = 1
 

@@ -37,12 +37,24 @@ class Source:
         """
         # both in one look at the store: what is put under a purged name meanwhile is another entry
         record, entry = self._store.get_put(version)
+        self.note(version, entry)
+        return record
+
+    def entry(self, version: str) -> int | None:
+        """The entry by which what was read last as `version` was put; None if that is not remembered."""
+        with self._lock:
+            return self._entries.get(version)
+
+    def note(self, version: str, entry: int) -> None:
+        """Returns when it is remembered that nothing older than what `entry` put is loaded as `version`.
+
+        For engines that read the store in another process, where `get` is not called in this one.
+        """
         with self._lock:
             self._entries[version] = entry
             self._entries.move_to_end(version)
             while len(self._entries) > self._most:
                 self._entries.popitem(last=False)
-        return record
 
     def outdated(self, version: str, entry: int) -> bool:
         """Whether what was loaded as `version` may be something else than what `entry` put."""

@@ -41,7 +41,10 @@ PrefixCaching = Annotated[
 ]
 Kind = Annotated[
     Literal["embedded", "vllm"],
-    Option("--engine", help="What generates: Transformers in this process, or vLLM."),
+    Option("--engine", help="What generates: Transformers, or vLLM."),
+]
+OwnProcess = Annotated[
+    bool, Option(help="Run the engine in a process of its own: faster with many streams, and more memory.")
 ]
 Replicas = Annotated[int, Option(min=1, help="Engines; several run under Ray Serve.")]
 RequestTimeout = Annotated[float, Option(min=0.01, help="Seconds that a request may take.")]

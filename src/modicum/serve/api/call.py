@@ -164,6 +164,8 @@ class Call:
         source, version, entry = self._service.source, choice.version, choice.entry
         if source is not None and version and entry is not None and source.outdated(version, entry):
             await self._service.engine.unload(version)
+            # what is loaded from now on was read later than the entry was seen
+            source.note(version, entry)
 
     def _fitting(self, longest: int) -> Sampling:
         """How tokens are chosen, with as many as fit where no number was asked for."""

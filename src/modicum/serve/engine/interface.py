@@ -124,6 +124,9 @@ class EngineStats:
     #: share of the key/value cache that running requests hold, 0 … 1
     cache_used: float = 0.0
     pool: PoolStats = field(default_factory=PoolStats)
+    #: bytes that a process of the engine's own holds, and those on a GPU
+    resident: int = 0
+    gpu: int = 0
 
 
 class Observer:
