@@ -17,96 +17,26 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sqlite3
-import subprocess
 import sys
 import tempfile
-import time
-import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
 from modicum import __version__
 from modicum.store import Store
-from modicum.store.record import Record, build, encode
 
 sys.path.insert(0, str(Path(__file__).parent))
-from measured import fetched, forget, percentiles
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+from baselines import peft_folders, sqlite_blobs
+from measured import chunks, disk_bytes, fetched, forget_all, machine, percentiles, reader, records, timed
 
 RESULTS = Path(__file__).parent / "results"
-RANK = 16
-#: records made at a time, so that making them does not count as writing them
-_CHUNK = 10_000
 #: what the store promises: bytes per byte of a record, and per record
 _FACTOR, _EXTRA = 1.03, 200
-_READER = """
-import json, resource, sys, time
-names = json.load(sys.stdin)
-from modicum.store import Store
-def resident():
-    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmRSS"))
-before = resident()
-start = time.perf_counter()
-store = Store(sys.argv[1])
-opened = time.perf_counter() - start
-store.get(names[0])
-first = time.perf_counter() - start
-for name in names:
-    store.get(name)
-print(json.dumps({"open_ms": 1e3 * opened, "open_and_first_get_ms": 1e3 * first, "resident_mib": resident(),
-                  "resident_before_opening_mib": before}))
-"""
-
-
-def records(count: int, size: int, seed: int = 0) -> Iterator[tuple[str, Record]]:
-    """(name, record) of `count` users; a record takes about `size` bytes."""
-    rng = np.random.default_rng(seed)
-    tensors = max(1, round((size - 550) / (2 * RANK**2)))
-    names = [f"model.layers.{n // 2}.self_attn.{'qv'[n % 2]}_proj.R" for n in range(tensors)]
-    about: dict[str, Any] = {
-        "config": {"r": RANK, "alpha": 16.0, "target_modules": ["q_proj", "v_proj"]},
-        "task_type": "CAUSAL_LM",
-        "base_fingerprint": "5f" * 32,
-        "basis_fingerprint": rng.normal(size=16).round(5).tolist(),
-        "recipe_digest": "blake2b:" + "a1" * 32,
-    }
-    for _ in range(count):
-        values = rng.standard_normal((tensors, RANK, RANK), np.float32)
-        yield (
-            f"users/{uuid.UUID(bytes=rng.bytes(16))}",
-            build("lora_xs", dict(zip(names, values, strict=True)), **about),
-        )
-
-
-def chunks(count: int, size: int, seed: int = 0) -> Iterator[list[tuple[str, Record]]]:
-    made = records(count, size, seed)
-    for at in range(0, count, _CHUNK):
-        yield [next(made) for _ in range(min(_CHUNK, count - at))]
-
-
-def timed(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
-
-
-def disk_bytes(folder: Path) -> int:
-    """What the files under `folder` take on the disk, in whole blocks."""
-    return sum(512 * path.lstat().st_blocks for path in folder.rglob("*"))
-
-
-def forget_all(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            forget(path)
+_OPENING = ("from modicum.store import Store", "store = Store(sys.argv[1]); read = store.get")
 
 
 def ours(folder: Path, given: argparse.Namespace) -> dict:
@@ -126,7 +56,7 @@ def ours(folder: Path, given: argparse.Namespace) -> dict:
     }
     names = users(folder)
     drawn = rng.choice(names, min(given.reads, len(names)), replace=False).tolist()
-    result["reader"] = reader(folder, drawn[:1000])
+    result["reader"] = reader(folder, drawn[:1000], *_OPENING)
     result |= reading(folder, drawn, rng, names)
     with Store(folder) as store:
         result["verify_seconds"] = round(timed(lambda: check(store)), 2)
@@ -217,102 +147,6 @@ def reading(folder: Path, drawn: list[str], rng: np.random.Generator, names: np.
     }
 
 
-def reader(folder: Path, names: list[str]) -> dict:
-    """Opening and memory, in processes that do nothing else."""
-    found = []
-    for _ in range(5):
-        forget_all(folder)
-        command = [sys.executable, "-c", _READER, str(folder)]
-        done = subprocess.run(command, input=json.dumps(names), capture_output=True, text=True, check=True)
-        found.append(json.loads(done.stdout))
-    return {key: round(max(one[key] for one in found), 2) for key in found[0]}
-
-
-def peft_folders(folder: Path, given: argparse.Namespace) -> dict:
-    """One folder with `adapter_model.safetensors` and `adapter_config.json` per adapter, as PEFT saves them."""
-    seconds, names, payload = 0.0, [], 0
-    config = json.dumps({"peft_type": "LORA", "r": RANK, "target_modules": ["q_proj", "v_proj"]}, indent=2)
-    for chunk in chunks(given.baseline, given.bytes):
-        states = [
-            (name, {f"base_model.model.{n}": torch.from_numpy(v).bfloat16() for n, v in record.tensors()})
-            for name, record in chunk
-        ]
-
-        def write(states: list = states) -> None:
-            for name, state in states:
-                (folder / name).mkdir(parents=True)
-                save_file(state, folder / name / "adapter_model.safetensors")
-                (folder / name / "adapter_config.json").write_text(config)
-
-        seconds += timed(write)
-        names += [name for name, _ in chunk]
-        payload += sum(len(encode(chunk[0][1])) for _ in chunk)
-
-    def read(name: str) -> object:
-        json.loads((folder / name / "adapter_config.json").read_text())
-        return load_file(folder / name / "adapter_model.safetensors")
-
-    return baseline(folder, given, names, payload, seconds, read, lambda name: folder / name)
-
-
-def sqlite_blobs(folder: Path, given: argparse.Namespace) -> dict:
-    """One table of names and blobs, default pages, WAL, durable, commits as large as the store's."""
-    db = sqlite3.connect(folder / "blobs.sqlite", isolation_level=None)
-    for pragma in ("journal_mode=WAL", "synchronous=FULL"):
-        db.execute(f"PRAGMA {pragma}").fetchall()
-    db.execute("CREATE TABLE adapters(name TEXT PRIMARY KEY, data BLOB)")
-    seconds, names, payload = 0.0, [], 0
-    for chunk in chunks(given.baseline, given.bytes):
-
-        def write(chunk: list = chunk) -> None:
-            for at in range(0, len(chunk), 2000):
-                db.execute("BEGIN")
-                rows = ((name, encode(record)) for name, record in chunk[at : at + 2000])
-                db.executemany("INSERT INTO adapters VALUES (?, ?)", rows)
-                db.execute("COMMIT")
-
-        seconds += timed(write)
-        names += [name for name, _ in chunk]
-        payload += len(encode(chunk[0][1])) * len(chunk)
-
-    def read(name: str) -> object:
-        data = db.execute("SELECT data FROM adapters WHERE name = ?", (name,)).fetchone()[0]
-        return torch.frombuffer(bytearray(data), dtype=torch.uint8)
-
-    db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-    result = baseline(folder, given, names, payload, seconds, read, lambda _: folder)
-    db.close()
-    return result
-
-
-def baseline(
-    folder: Path,
-    given: argparse.Namespace,
-    names: list[str],
-    payload: int,
-    seconds: float,
-    read: Callable[[str], object],
-    kept_in: Callable[[str], Path],
-) -> dict:
-    """What reading takes; `kept_in`: the folder that an adapter is read from."""
-    drawn = np.random.default_rng(1).choice(names, min(given.reads, 2000, len(names)), replace=False).tolist()
-    os.sync()
-    cold = []
-    for name in drawn:
-        forget_all(kept_in(name))
-        cold.append(timed(lambda name=name: read(name)))
-    for name in drawn:
-        read(name)
-    return {
-        "records": len(names),
-        "record_bytes": payload // len(names),
-        "batched_records_per_second": round(len(names) / seconds),
-        "disk_bytes_per_record": round(disk_bytes(folder) / len(names), 1),
-        "cold_tensor_ms": percentiles(cold, 1e3),
-        "warm_tensor_us": percentiles([timed(lambda name=name: read(name)) for name in drawn], 1e6),
-    }
-
-
 def shown(result: dict[str, Any]) -> dict[str, Any]:
     """The table of the docs: the store beside folders and blobs, and what only the store has to answer for."""
     arms = {name: found for name, found in result.items() if isinstance(found, dict) and "records" in found}
@@ -341,15 +175,20 @@ def shown(result: dict[str, Any]) -> dict[str, Any]:
         ["64 as one tensor, cold, ms", *spread("cold_get_many_64_ms", 1)],
         ["64 as one tensor, warm, ms", *spread("warm_get_many_64_ms", 1)],
         ["opening, ms", *numbers("open_ms", 1, "reader")],
+        ["opening and the first read, ms", *numbers("open_and_first_get_ms", 1, "reader")],
         ["memory of a reader, MiB", *numbers("resident_mib", 0, "reader")],
+        ["of that before opening, MiB", *numbers("resident_before_opening_mib", 0, "reader")],
         ["verify all, s", *numbers("verify_seconds")],
         ["purge of one, ms", *spread("purge_ms", 0)],
     ]
     note = (
         "Two numbers are median and 99th percentile. Cold: the system was told to forget all files before each read, "
         "while the reader has been open and in use (folders: the two files; their names stay known to the system). "
-        "Folders hold one safetensors file and one configuration each, as PEFT saves them. Blobs are bytes by name; "
-        f"nothing checks or decodes them. Made by `{result['command']}`."
+        "Folders hold one safetensors file and one configuration each, as PEFT saves them, which waits for no disk: "
+        "only for the durable commit of one are files and folders flushed. Store and blobs flush every commit. Blobs "
+        "are bytes by name; nothing checks or decodes them. Opening is that of files nobody has in memory; a reader of "
+        "folders has loaded PyTorch. What is empty was not measured. "
+        f"{result['machine']['cores']} cores, {result['machine']['memory_gib']:.0f} GiB. Made by `{result['command']}`."
     )
     return {"columns": ["", *arms], "rows": rows, "note": note}
 
@@ -369,6 +208,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     result: dict[str, Any] = {
+        "machine": machine(),
         "what": f"{given.records} adapters of about {given.bytes} bytes",
         "command": f"python benchmarks/store/load.py --records {given.records} --bytes {given.bytes}"
         + "".join(
