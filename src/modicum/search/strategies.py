@@ -52,7 +52,8 @@ class Explorer:
         """`evaluate(choices)` gives values and violated budgets, `violations(choices)` those that shapes tell.
 
         `many` evaluates side by side in place of `evaluate`. Whatever does not depend on what is found is then drawn at
-        once: all points of the random strategy, and a whole generation of nsga2. The points stay the same.
+        once: all points of the random strategy, and a whole generation of nsga2. The points stay the same; a generation
+        that was interrupted ends with its own, too, but in another order, which changes those after it.
         """
         self.study, self.options, self._evaluate, self._violations = study, options, evaluate, violations
         self._first = next(iter(maximized.items()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, final
@@ -19,6 +20,7 @@ FILE = "study.db"
 #: values of objectives and budgeted costs, and by what share budgets are exceeded
 Found = tuple[dict[str, float], dict[str, float]]
 _IDENTITY, _CHOICES, _VALUES, _OVER, _SECONDS = "identity", "choices", "values", "violations", "seconds"
+_DRAWN = "drawn"
 _NAME = "search"
 
 
@@ -33,6 +35,8 @@ class Point:
     #: budget -> by what share it is exceeded; empty where all are kept
     violations: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    #: which of the draws of the sampler it was; its place where it was not drawn
+    drawn: int = -1
 
 
 @final
@@ -86,18 +90,22 @@ class Study:
     def draw(self, ahead: int = 0) -> Any:
         """The next trial that the sampler wants; `trial.params` are its choices. To be told or dropped.
 
-        `ahead`: how many were drawn since the last point.
+        `ahead`: how many were drawn and are not told yet.
         """
-        # what is drawn depends on the points that are there: a resumed search goes on as if it had not stopped
-        seed = (self._options.seed * 1000 + self._worker) * 100_000 + len(self.points()) + ahead
+        told = {point.drawn for point in self.points()}
+        index = next(itertools.islice((at for at in itertools.count() if at not in told), ahead, None))
+        # each draw has a seed of its own: a resumed search draws what it lacks, also in the middle of a generation
+        seed = (self._options.seed * 1000 + self._worker) * 100_000 + index
         self._study.sampler = _optuna().samplers.NSGAIISampler(
             population_size=self._options.population, seed=seed
         )
-        return self._study.ask(self._distributions)
+        trial = self._study.ask(self._distributions)
+        trial.set_user_attr(_DRAWN, index)
+        return trial
 
     def tell(self, trial: Any, found: Found, seconds: float) -> Point:
         """The finished point of a trial that was drawn, which took `seconds`."""
-        point = Point(trial.number, dict(trial.params), *found, seconds)
+        point = Point(trial.number, dict(trial.params), *found, seconds, trial.user_attrs[_DRAWN])
         for key, value in _attributes(point).items():
             trial.set_user_attr(key, value)
         trial.set_constraint("budgets", sum(point.violations.values()))
@@ -129,8 +137,9 @@ class Study:
                 trial.user_attrs[_VALUES],
                 trial.user_attrs[_OVER],
                 trial.user_attrs[_SECONDS],
+                trial.user_attrs.get(_DRAWN, place),
             )
-            for trial in self._study.get_trials(deepcopy=False, states=complete)
+            for place, trial in enumerate(self._study.get_trials(deepcopy=False, states=complete))
         ]
 
 
