@@ -15,7 +15,7 @@ from modicum.errors import ConfigError, MissingExtraError
 from modicum.jobs.pool import Outcome, Pool, Task, attempt
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from collections.abc import Callable, Hashable, Sequence
 
 #: names the head of a cluster, as Ray itself has it
 ADDRESS = "RAY_ADDRESS"
@@ -51,7 +51,7 @@ class Cluster(Pool):
     def __init__(
         self, count: int, threads: int | None = None, *, fresh: bool = False, retries: int = RETRIES
     ) -> None:
-        """`threads`: cores that each task has for itself; all there are over `count`, at most a machine's, when unset.
+        """`threads`: cores that each task has for itself; as many as all of them can have when unset.
 
         `fresh`: a process for each task, whose memory is its alone; otherwise a process does one after the other.
 
@@ -135,14 +135,12 @@ class Cluster(Pool):
         machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         cores = [int(machine.get("CPU", 0)) for machine in machines]
         most = max(cores)
-        self.threads = self.threads or max(1, min(most, sum(cores) // self.count))
+        self.threads = self.threads or threads_for(cores, self.count)
         if self.threads > most:
             raise ConfigError(
                 f"a task takes {self.threads} threads, and no machine of the cluster has more than {most} cores"
             )
-        # to the fourth digit, as Ray counts
-        gpus = sum(machine.get("GPU", 0) for machine in machines)
-        gpu = int(10_000 * min(1.0, gpus / self.count)) / 10_000
+        gpu = gpu_for(sum(int(machine.get("GPU", 0)) for machine in machines), self.count)
         self.share = gpu or self.threads / most
         options = {"num_cpus": self.threads, "num_gpus": gpu, "max_calls": int(self._fresh)}
         self._run = self._ray.remote(max_retries=self._retries, **options)(_work)
@@ -156,6 +154,20 @@ class Cluster(Pool):
         except self._ray.exceptions.RayError as error:
             died = f"its process or its machine died {1 + self._retries} times ({_line(error)})"
             return Outcome(key, error=died, trace=str(error))
+
+
+def threads_for(cores: Sequence[int], count: int) -> int:
+    """The most threads that each of `count` tasks can have at the same time on machines with so many cores; 1 at least.
+
+    A task is on one machine: on 4 and 2 cores two tasks get 2 threads each, and not 3.
+    """
+    return next((t for t in range(max(cores), 1, -1) if sum(one // t for one in cores) >= count), 1)
+
+
+def gpu_for(gpus: int, count: int) -> float:
+    """The share of one GPU that each of `count` tasks gets, so that all of them fit; 0 without GPUs."""
+    # to the fourth digit, as Ray counts
+    return 10_000 // -(-count // gpus) / 10_000 if gpus else 0.0
 
 
 def _work(
