@@ -20,9 +20,10 @@ from tests.small_checkpoints import recipe_values
 from modicum.cli import main
 from modicum.compare.bases import base_bytes, base_report, make_base
 from modicum.compare.report import write_report
-from modicum.compare.run import check, run_comparison
+from modicum.compare.run import check, crowded, run_comparison
 from modicum.compare.spec import load_comparison, make_comparison
 from modicum.errors import ConfigError
+from modicum.jobs.cluster import ADDRESS
 
 #: of a cell's entry, what depends on the other cells
 _RELATIVE = ("significantly_worse_than_best", "p_value", "difference")
@@ -44,6 +45,17 @@ def modicum(capsys, *arguments):
     with pytest.raises(SystemExit) as ended:
         main(["compare", *map(str, arguments)])
     return ended.value.code, capsys.readouterr()
+
+
+def test_more_threads_than_cores_are_told_unless_other_machines_have_them(monkeypatch):
+    monkeypatch.delenv(ADDRESS, raising=False)
+    assert crowded(8, 8, ray=False) is None
+    assert "9 threads on 8 cores" in crowded(9, 8, ray=False)
+    # a local Ray has the same cores
+    assert crowded(9, 8, ray=True) == crowded(9, 8, ray=False)
+    monkeypatch.setenv(ADDRESS, "head:6379")
+    assert crowded(9, 8, ray=True) is None
+    assert "9 threads" in crowded(9, 8, ray=False)
 
 
 def test_every_cell_is_measured(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections import deque
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from modicum.compare.result import (
 from modicum.compare.spec import make_comparison
 from modicum.data.prepare import Prepared, prepare
 from modicum.errors import ConfigError, DataError
-from modicum.jobs.cluster import Cluster, require_ray
+from modicum.jobs.cluster import ADDRESS, Cluster, require_ray
 from modicum.jobs.pool import Outcome, Pool, Task
 from modicum.jobs.processes import Processes
 from modicum.models.loading import load_tokenizer, quiet_transformers
@@ -97,13 +98,22 @@ def run_comparison(
         digests = identity(spec, data)
         spec = _claim(spec, digests, resume=resume, overwrite=overwrite)
         about = conditions(spec, data, digests)
-        busy = spec.options.workers * about["threads"]
-        if busy > about["cores"] and not ray:
-            say(f"{busy} threads on {about['cores']} cores will wait for each other: take fewer workers")
+        if crowd := crowded(spec.options.workers * about["threads"], about["cores"], ray=ray):
+            say(crowd)
         engine = _Engine(spec, data, about, say, publish)
         with _pool(spec, ray=ray) as pool:
             engine.run(pool)
         return Compared(spec.folder, engine.publish())
+
+
+def crowded(threads: int, cores: int, *, ray: bool) -> str | None:
+    """What to tell whoever runs so many threads on the cores of this machine; None where there is nothing to tell.
+
+    The machines of a named Ray cluster have cores of their own, a local Ray has those of this one.
+    """
+    if threads <= cores or (ray and os.environ.get(ADDRESS)):
+        return None
+    return f"{threads} threads on {cores} cores will wait for each other: take fewer workers"
 
 
 def check(spec: Spec) -> tuple[Prepared, dict[Cell, int]]:
