@@ -11,8 +11,12 @@ from pyarrow import parquet
 from tests.fleet import fleets
 from tests.fleet.test_job import contents, spec_in
 
-from modicum.errors import DataError
+import modicum.fleet.gather as gathering
+from modicum.data.files import stream
+from modicum.errors import ConfigError, DataError
 from modicum.fleet.job import train_fleet
+from modicum.fleet.ledger import Ledger
+from modicum.store import Store
 
 GOOD = [{"prompt": f"{n}+1=", "completion": "xx"} for n in range(6)]
 
@@ -87,13 +91,73 @@ def test_a_file_for_each_user(tmp_path):
     write(folder / "north" / "bob.jsonl", GOOD)
     (folder / "eve.jsonl.gz").write_bytes(gzip.compress(b"x" * 200)[:20])
     (folder / "notes.docx").write_text("not looked at")
+    (folder / "nobody.jsonl").write_text("")
     spec = spec_in(tmp_path, rows=folder, users={"column": None})
     train_fleet(spec)
     found = outcome(tmp_path / "run")
     assert {user: state for user, (state, _) in found.items()} == {
-        "ada": "stored", "north/bob": "stored", "eve": "faulty",
+        "ada": "stored", "north/bob": "stored", "eve": "faulty", "nobody": "faulty",
     }  # fmt: skip
+    assert "no row that can be used" in found["nobody"][1]
     assert "cannot be read" in found["eve"][1]
+
+
+def test_texts_that_are_too_long_are_divided(tmp_path):
+    rows = [*of("long", [{"text": "xy" * 100}] * 4), *of("short", [{"text": "xy" * 10}] * 4)]
+    spec = spec_in(tmp_path, rows=write(tmp_path / "users.jsonl", rows), data={"format": "text"})
+    train_fleet(spec)
+    found = outcome(tmp_path / "run")
+    assert {user: state for user, (state, _) in found.items()} == {"long": "stored", "short": "stored"}
+    assert "longer than 64 tokens were divided: 4 rows became" in found["long"][1]
+    assert found["short"][1] is None
+
+
+def test_rows_longer_than_the_model_can_take_are_refused_at_once(tmp_path):
+    spec = spec_in(tmp_path, (4,), data={"max_length": 100_000})
+    with pytest.raises(ConfigError, match=r"data.max_length = 100000 is more than the \d+ positions of"):
+        train_fleet(spec)
+    assert contents(spec.store.path) == {}
+
+
+def test_a_table_as_parquet(tmp_path):
+    rows = [*of("ada", GOOD), *of("bob", GOOD[:1])]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "users.parquet")
+    train_fleet(spec_in(tmp_path, rows=tmp_path / "users.parquet"))
+    assert {user: state for user, (state, _) in outcome(tmp_path / "run").items()} == {
+        "ada": "stored", "bob": "faulty",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_table_is_read_in_pieces(tmp_path, monkeypatch, kind):
+    rows = [row for user in range(10) for row in of(f"u{user}", GOOD)]
+    if kind == "jsonl":
+        source = write(tmp_path / "users.jsonl", rows)
+    else:
+        source = tmp_path / "users.parquet"
+        parquet.write_table(pa.Table.from_pylist(rows), source)
+    pulled, when = [], []
+
+    def counted(file):
+        for one in stream(file):
+            pulled.append(one)
+            yield one
+
+    add_rows = Ledger.add_rows
+
+    def added(self, *given):
+        when.append(len(pulled))
+        add_rows(self, *given)
+
+    monkeypatch.setattr(Ledger, "add_rows", added)
+    monkeypatch.setattr(gathering, "stream", counted)
+    monkeypatch.setattr(gathering, "_CHUNK", 12)
+    spec = spec_in(tmp_path, rows=source)
+    with Store(spec.store.path, create=True) as store, Ledger(tmp_path / "ledger") as ledger:
+        assert gathering.gather(spec, ledger, store) == 10
+        assert [one.rows for one in ledger.users()] == [6] * 10
+    # two users in every twelve rows, which are written before the next ones are read
+    assert when == [12, 12, 24, 24, 36, 36, 48, 48, 60, 60]
 
 
 def test_two_users_cannot_share_a_name(tmp_path):

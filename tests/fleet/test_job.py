@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,20 +14,22 @@ from pyarrow import parquet
 from tests import small_checkpoints
 from tests.fleet import fleets
 
+from modicum.data.encoded import Collator
+from modicum.data.files import Rows
 from modicum.errors import ConfigError, DataError
 from modicum.fleet import job, worker
 from modicum.fleet.evaluate import evaluate_fleet
 from modicum.fleet.gather import name_of
-from modicum.fleet.job import train_fleet
+from modicum.fleet.job import Progress, train_fleet
 from modicum.fleet.ledger import FILE
+from modicum.fleet.rows import prepare_user
+from modicum.models.loading import load_base, load_tokenizer
 from modicum.store import Store
-from modicum.store.files import read_adapter
+from modicum.store.files import load_adapter, read_adapter
+from modicum.store.record import SUFFIX
 from modicum.store.state import state_from
 from modicum.train.recipe import make_recipe
 from modicum.train.run import tune
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 class StopError(Exception):
@@ -50,13 +52,14 @@ def spec_in(folder: Path, counts=fleets.UNEVEN, rows: Path | None = None, **sect
 def contents(path: str | Path) -> dict[str, tuple]:
     """Everything a store says about its versions but when they came."""
     with Store(path) as store:
-        return {str(v): (v.digest, v.metrics, v.tags, v.seed, v.data_digest, v.parent) for v in store.ls()}
+        return {
+            str(v): (v.digest, v.metrics, v.tags, v.seed, v.data_digest, v.parent, v.aliases)
+            for v in store.ls()
+        }
 
 
 def said_by(model: Path) -> str:
     """What the base model goes on with, always choosing the likeliest character."""
-    from modicum.models.loading import load_base, load_tokenizer
-
     base, tokenizer = load_base(str(model)), load_tokenizer(str(model))
     ids = [1]
     while len(ids) < 50:
@@ -86,6 +89,9 @@ def test_a_job_leaves_adapters_and_reports(tmp_path):
     with Store(spec.store.path) as store:
         one = store.show("u1@production")
         assert one.seed == 0
+        other = store.show("u0@production")
+        assert len(one.data_digest) == len(other.data_digest) == 32
+        assert one.data_digest != other.data_digest
         assert set(one.tags) == {"night", f"fleet-{spec.digest()}"}
         assert one.metrics["validation.loss"] < one.metrics["before.loss"]
         record = store.get("u1")
@@ -123,10 +129,6 @@ def test_an_adapter_is_the_one_that_tune_makes_of_these_rows(tmp_path):
 
 
 def test_adapters_go_on_a_model_as_any_other(tmp_path):
-    from modicum.models.loading import load_base
-    from modicum.store.files import load_adapter
-    from modicum.store.record import SUFFIX
-
     spec = spec_in(tmp_path, (6, 9))
     train_fleet(spec)
     with Store(spec.store.path) as store:
@@ -141,11 +143,11 @@ def test_adapters_go_on_a_model_as_any_other(tmp_path):
 def test_interrupted_anywhere_a_job_ends_with_the_same_store(tmp_path, monkeypatch, moment):
     whole = tmp_path / "whole"
     whole.mkdir()
-    spec = spec_in(whole)
-    train_fleet(spec)
+    alias = {"alias": "production"}
+    train_fleet(spec_in(whole, store=alias))
     part = tmp_path / "part"
     part.mkdir()
-    spec = spec_in(part, rows=whole / "users.jsonl", train={"cohort_size": 2})
+    spec = spec_in(part, rows=whole / "users.jsonl", store=alias)
 
     def stop(owner, name, after, count):
         original, seen = getattr(owner, name), []
@@ -174,7 +176,9 @@ def test_interrupted_anywhere_a_job_ends_with_the_same_store(tmp_path, monkeypat
     monkeypatch.undo()
     # what is elsewhere by now does not matter: the rows are in the ledger
     result = train_fleet(spec, resume=True)
-    assert contents(spec.store.path) == contents(whole / "store")
+    found = contents(spec.store.path)
+    assert found == contents(whole / "store")
+    assert {aliases for *_, aliases in found.values()} == {("production",)}
     assert states(result.folder) == states(whole / "run")
     assert train_fleet(spec, resume=True).reused
 
@@ -267,7 +271,29 @@ def test_lora_of_several_ranks_goes_to_the_store(tmp_path):
         ranks = {name: store.get(name).config["r"] for name in ("u0", "u1") if "r" in store.get(name).config}
         assert store.get("u0").layout.shapes[0][0] == 4
         assert ranks == {"u0": 4}  # 8 is PEFT's default
+        assert store.get("u1").layout.shapes[0][0] == 8
         assert store.get("u1").method == "peft:LORA"
+    found = evaluate_fleet(spec, tmp_path / "scratch", part="all")
+    assert [one["user"] for one in found["table"]] == ["u0", "u1"]
+    assert all(one["gain"] > 0 for one in found["table"])
+
+
+def alone(spec, folder: Path, user: str) -> float:
+    """The mean loss over a user's rows of the adapter in the store, loaded onto the base model."""
+    rows = [json.loads(line) for line in Path(spec.users.source).read_text().splitlines()]
+    mine = [row for row in rows if row["user"] == user]
+    learner = prepare_user(
+        Rows(user, mine, [("", at) for at in range(len(mine))]),
+        spec.model_copy(update={"users": spec.users.model_copy(update={"held_out": 0.0})}),
+        load_tokenizer(spec.model.name_or_path),
+        4,
+    ).learner
+    with Store(spec.store.path) as store:
+        (folder / f"{user}{SUFFIX}").write_bytes(store.get_bytes(user))
+    model = load_adapter(load_base(spec.model.name_or_path), folder / f"{user}{SUFFIX}")
+    batch = Collator(0)([learner.train[at] for at in range(len(learner.train))])
+    with torch.no_grad():
+        return model(**batch).loss.item()
 
 
 @pytest.mark.parametrize("part", ["held_out", "all"])
@@ -284,6 +310,10 @@ def test_evaluation_out_of_the_store(tmp_path, part):
             assert one["after"] == pytest.approx(rows[one["user"]]["after"], rel=1e-5)
         assert one["gain"] > 0
     assert found["without_adapter"] == 1
+    if part == "all":
+        # as anybody would measure it: the adapter on a model of its own
+        wanted = alone(spec, tmp_path, "u1")
+        assert found["table"][1]["after"] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_evaluation_of_another_fleet_is_refused(tmp_path):
@@ -291,6 +321,30 @@ def test_evaluation_of_another_fleet_is_refused(tmp_path):
     train_fleet(spec)
     with pytest.raises(DataError, match="u0@1 is no adapter of this fleet"):
         evaluate_fleet(spec_in(tmp_path, (6,), method={"r": 2}), tmp_path / "scratch", part="held_out")
+
+
+def test_training_that_explodes_stores_nothing(tmp_path):
+    spec = spec_in(tmp_path, (6, 9), train={"learning_rate": 1e30})
+    report = train_fleet(spec).report
+    assert states(tmp_path / "run") == {"u0": "diverged", "u1": "diverged"}
+    assert [one["what"][:14] for one in report["faults"]] == ["diverged after"] * 2
+    assert contents(spec.store.path) == {}
+
+
+def test_without_rows_to_judge_by_one_row_is_enough(tmp_path):
+    spec = spec_in(tmp_path, (1, 4), users={"held_out": 0.0})
+    train_fleet(spec)
+    assert states(tmp_path / "run") == {"u0": "stored", "u1": "stored"}
+    assert set(contents(spec.store.path)) == {"u0@1", "u1@1"}
+
+
+def test_progress_by_hand():
+    # a process that went on after 20 of 240 steps has made 40 in half a minute
+    now = Progress(users=3, of_users=12, steps=60, of_steps=240, seconds=30.0, steps_here=40)
+    assert now.adapters_per_hour == 12 * 40 / 240 * 3600 / 30
+    assert now.seconds_left == 180 * 30 / 40
+    fresh = Progress(users=0, of_users=12, steps=20, of_steps=240, seconds=0.0, steps_here=0)
+    assert (fresh.adapters_per_hour, fresh.seconds_left) == (0, 0)
 
 
 def test_names_of_adapters():

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+
 import pytest
 from tests.fleet import fleets
 from tests.fleet.test_job import contents, spec_in
 
 from modicum.compare.run import PRELOAD
-from modicum.errors import ModicumError, StoreError
+from modicum.errors import ConfigError, ModicumError, StoreError
+from modicum.fleet import sizing
 from modicum.fleet.gather import gather
 from modicum.fleet.ledger import Ledger
-from modicum.fleet.places import Elsewhere, Here, finished
+from modicum.fleet.places import Elsewhere, Here, finished, prepared
 from modicum.fleet.spec import make_fleet
 from modicum.jobs.processes import Processes
 from modicum.store import Store
@@ -22,6 +26,11 @@ def cohorts(spec, folder, store):
         gather(spec, ledger, store)
         users = [(one, ledger.rows_of(one)) for one in ledger.users()]
     return [(at // 2, users[at : at + 2]) for at in range(0, len(users), 2)]
+
+
+def told_by(place, wanted, tokens):
+    """What a place told of cohorts, but the seconds."""
+    return {number: (one.outcomes, one.tokens) for number, one in place.finish(wanted, tokens)}
 
 
 def test_tasks_leave_what_this_process_leaves(tmp_path):
@@ -37,16 +46,18 @@ def test_tasks_leave_what_this_process_leaves(tmp_path):
                 told = []
                 place = Here(spec, store, told.append)
                 sized, about = place.prepare(None)
-                found[where] = dict(place.finish(wanted, sized.tokens))
+                found[where] = told_by(place, wanted, sized.tokens)
                 assert sum(told) > 0
             else:
                 with Processes(2, 1, PRELOAD) as pool:
                     place = Elsewhere(spec, store, pool)
-                    assert place.prepare(None) == (sized, about)
-                    found[where] = dict(place.finish(wanted, sized.tokens))
+                    # two of them share the memory
+                    assert place.prepare(None) == (replace(sized, share=0.5), about)
+                    found[where] = told_by(place, wanted, sized.tokens)
         stores[where] = contents(spec.store.path)
     assert found["elsewhere"] == found["here"]
     assert len(found["here"]) == 3
+    assert all(tokens > 0 for _, tokens in found["here"].values())
     assert {name: one[0] for name, one in stores["elsewhere"].items()} == {
         name: one[0] for name, one in stores["here"].items()
     }
@@ -57,28 +68,53 @@ def test_a_cohort_that_is_finished_again_changes_nothing(tmp_path):
     spec = spec_in(tmp_path, (6, 9), store={"alias": "production"})
     with Store(spec.store.path, create=True) as store:
         ((_, members),) = cohorts(spec, tmp_path / "job", store)
+        began = time.perf_counter()
         first = finished(spec.to_yaml(), members, 512)
+        assert 0 < first.seconds < time.perf_counter() - began
         before = contents(spec.store.path)
         assert len(before) == 2
-        assert finished(spec.to_yaml(), members, 512) == first
+        again = finished(spec.to_yaml(), members, 512)
+        assert again == replace(first, seconds=again.seconds)
         assert contents(spec.store.path) == before
         # nobody else's version is in the way of a task that is done again
         store.put("u0", store.get("u1"))
-        assert [one.detail["version"] for one in finished(spec.to_yaml(), members, 512)] == ["u0@3", "u1@1"]
+        assert [one.detail["version"] for one in finished(spec.to_yaml(), members, 512).outcomes] == [
+            "u0@3",
+            "u1@1",
+        ]
 
 
-def test_memory_is_shared_by_those_who_take_it(tmp_path):
-    from modicum.fleet.base import load_fleet_base
-    from modicum.fleet.places import _measured
-
+def test_memory_is_shared_by_those_who_take_it(tmp_path, monkeypatch):
+    # so little that neither limit of its own is reached
+    monkeypatch.setattr(sizing, "free_bytes", lambda _: 4 << 20)
     spec = spec_in(tmp_path, (4,))
     spec = make_fleet({**spec.model_dump(exclude_unset=True), "train": {"epochs": 1}})
-    base = load_fleet_base(spec)
-    # so little that neither limit of its own is reached
-    tiny = 1e-4
-    whole, half = _measured(spec, base, tiny), _measured(spec, base, tiny / 2)
-    assert half.users == pytest.approx(whole.users / 2, rel=0.1, abs=1)
-    assert half.users < whole.users < 256
+    (whole, _), (half, _) = (prepared(spec.to_yaml(), None, share) for share in (1.0, 0.5))
+    assert half.users == whole.users // 2
+    assert 10 < half.users < whole.users < 256
+    assert spec.data.max_length <= half.tokens <= whole.tokens // 2 + 1 < 4096
+    assert (whole.share, half.share) == (1.0, 0.5)
+
+
+def test_a_job_does_not_go_on_with_more_workers_than_its_sizes_have_room_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(sizing, "free_bytes", lambda _: 4 << 20)
+    spec = spec_in(tmp_path, (4,))
+    spec = make_fleet({**spec.model_dump(exclude_unset=True), "train": {"epochs": 1}})
+    known, about = prepared(spec.to_yaml(), None, 0.5)
+    # as many as before, or fewer
+    assert prepared(spec.to_yaml(), known, 0.5) == prepared(spec.to_yaml(), known, 1.0) == (known, about)
+    with pytest.raises(ConfigError, match=rf"cohorts of {known.users} users.* may take 25% of the memory"):
+        prepared(spec.to_yaml(), known, 0.25)
+    # what fits nevertheless may be shared
+    small = replace(known, tokens=1, users=1)
+    assert prepared(spec.to_yaml(), small, 0.25)[0] == small
+    # what the specification says is its own affair
+    own = make_fleet(
+        {**spec.model_dump(exclude_unset=True), "train": {"tokens_per_pass": 9000, "cohort_size": 900}}
+    )
+    known, _ = prepared(own.to_yaml(), None, 0.5)
+    assert (known.tokens, known.users) == (9000, 900)
+    assert prepared(own.to_yaml(), known, 0.25)[0] == known
 
 
 def test_a_store_that_only_looks_like_the_one_meant_is_told(tmp_path):

@@ -9,7 +9,8 @@ import torch
 from tests import models_for_tests
 from tests.fleet import fleets
 
-from modicum.data.encoded import Collator
+from modicum.data.encoded import Collator, Encoded, EncodedRow
+from modicum.evaluate.memory import Peak
 from modicum.fleet.cohort import Cohort
 from modicum.fleet.training import Learner, Training, is_better, measured
 
@@ -20,6 +21,13 @@ def trained(people, **train):
     spec = fleets.spec(train={"epochs": 6, "evaluations": 6, **train}, users={"held_out": 0.2})
     training = Training(fleets.base_of(models_for_tests.llama(), spec), spec, people, 300)
     return training, training.run()
+
+
+def alike(rows, user):
+    """Rows of twelve tokens each."""
+    generator = torch.Generator().manual_seed(user)
+    ids = torch.randint(3, models_for_tests.VOCABULARY, (rows, 12), generator=generator)
+    return Encoded([EncodedRow(row) for row in ids.tolist()])
 
 
 def test_what_is_kept_is_the_best_step_on_held_out_rows():
@@ -97,6 +105,30 @@ def test_training_goes_on_from_given_numbers():
     again = Training(base, spec, [Learner(person.train, rank=4, start=start)], 300)
     assert torch.equal(again.cohort.values[0], start)
     assert again.run()[0].losses[0] < first.learnt[0].losses[0] - 0.05
+
+
+@pytest.mark.parametrize(("held_out", "each"), [(0, 12), (1, 16)])
+def test_memory_of_a_user_is_its_numbers_moments_and_what_was_best(held_out, each):
+    users, rows = 16, 4
+    base = fleets.base_of(models_for_tests.llama(), fleets.spec())
+    peaks = []
+    # the same rows in both cases, in one pass: of one adapter, and of sixteen
+    for count in (1, users):
+        share = rows * users // count
+        spec = fleets.spec(train={"epochs": 2, "batch_size": share, "evaluations": 2})
+        kept = held_out * users // count
+        people = [
+            Learner(alike(share, user), alike(kept, 100 + user) if kept else None, rank=4)
+            for user in range(count)
+        ]
+        training = None
+        with Peak(base.device) as peak:
+            training = Training(base, spec, people, 10_000)
+            training.run()
+        peaks.append(peak.bytes)
+    numbers = base.widest.record.layout.size
+    beyond = (peaks[1] - peaks[0]) / (numbers * (users - 1))
+    assert each - 4 < beyond <= each * 1.05
 
 
 def test_what_is_not_finite_is_never_better():

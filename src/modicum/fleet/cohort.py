@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from modicum.data.encoded import IGNORED, Collator
 from modicum.fleet.adamw import Rows, StackedAdamW, clip_
 from modicum.fleet.base import stacked
+from modicum.fleet.passes import multiple_on
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -45,7 +46,7 @@ class Cohort:
         self.values = stacked(base, ranks)
         self._layout = base.widest.record.layout
         self._sizes = [int(size) for size in self._layout.offsets[1:] - self._layout.offsets[:-1]]
-        self._pad = Collator(base.tokenizer.pad_token_id, multiple=8 if base.device.type == "cuda" else 1)
+        self._pad = Collator(base.tokenizer.pad_token_id, multiple=multiple_on(base.device.type))
         self._optimizer: StackedAdamW | None = None
         self._weight_decay = weight_decay
         self._scalings = [base.kinds[rank].scaling for rank in self.ranks]

@@ -95,7 +95,7 @@ def evaluate_fleet(
 
 
 def _groups(users: Sequence[User], size: int) -> Iterator[Sequence[User]]:
-    ordered = sorted(users, key=lambda one: (one.rows, one.bytes, one.id))
+    ordered = sorted(users, key=lambda one: one.order)
     for at in range(0, len(ordered), size):
         yield ordered[at : at + size]
 
@@ -104,7 +104,7 @@ def _rows(user: User, spec: FleetSpec, base: FleetBase, ledger: Ledger, part: st
     if part == "all":
         shares = spec.users.model_copy(update={"held_out": 0.0, "test": 0.0})
         spec = spec.model_copy(update={"users": shares})
-    how = prepare_user(ledger.rows_of(user), spec, base, spec.rank_of(user.rows))
+    how = prepare_user(ledger.rows_of(user), spec, base.tokenizer, spec.rank_of(user.rows))
     if how.learner is None:
         raise DataError(how.fault or "no rows")
     found = how.learner.train if part == "all" else getattr(how.learner, part)

@@ -6,17 +6,16 @@ import json
 import sqlite3
 from typing import TYPE_CHECKING, Any
 
-from modicum.errors import ConfigError, DataError, ModicumError, listing
+from modicum.errors import ConfigError, ModicumError
 from modicum.fleet.job import SPEC
 from modicum.fleet.ledger import FILE, Ledger
 from modicum.fleet.measure import RECORDS, bytes_each, enough
 from modicum.fleet.pace import steps_of
 from modicum.fleet.rates import Measured, Rate
 from modicum.fleet.report import REPORT
-from modicum.fleet.sample import in_order, sampled
+from modicum.fleet.sample import in_order
 from modicum.fleet.sizing import Sizes
 from modicum.fleet.spec import make_fleet
-from modicum.fleet.work import work_of
 from modicum.store import Put, Store
 from modicum.train.artifacts import read_json
 from modicum.train.yaml_lines import read_yaml
@@ -52,34 +51,32 @@ def read_measured(path: Path) -> Measured:
 
 
 def _of_job(folder: Path) -> Measured:
-    """How fast the finished cohorts of a job were, by tokens if its users' rows are still there, else by steps."""
+    """How fast the finished cohorts of a job were, by tokens if these were noted, else by steps."""
     report = read_json(folder / REPORT) or {}
     try:
         text = (folder / SPEC).read_text(encoding="utf-8")
         spec = make_fleet(read_yaml(text, str(folder / SPEC))[0], str(folder / SPEC))
         with Ledger(folder) as ledger:
-            took, known = ledger.finished(), ledger.fact("sizes")
+            done, known = ledger.finished(), ledger.fact("sizes")
             users, outcomes = in_order(ledger.users()), ledger.outcomes()
-            workers = ledger.fact("workers") or 1
+            device = (ledger.fact("about") or report).get("device", "cpu")
     except (OSError, sqlite3.DatabaseError) as error:
         raise ConfigError(f"the job in {folder} cannot be read: {error}") from error
-    if not took:
+    if not done:
         raise ConfigError(f"no cohort of the fleet in {folder} is finished, so that nothing was measured yet")
     sized, states = Sizes(**known), [one.state for one in outcomes]
-    device, notes, unit = report.get("device", "cpu"), [], "all_tokens"
-    parts = {at: users[at * sized.users : (at + 1) * sized.users] for at in sorted(took)}
-    try:
-        work = _tokens(parts, spec, sized, 8 if device.startswith("cuda") else 1)
-    except (ModicumError, OSError) as error:
-        unit, work = "steps", _steps(parts, outcomes, spec)
-        notes.append(f"the rows of the measured job cannot be counted any more: {error}")
-    kept = [at for at in parts if work[at]]
+    notes, unit = [], "all_tokens"
+    work = {at: tokens for at, (_, tokens) in sorted(done.items()) if tokens is not None}
+    if not work:
+        unit, work = "steps", _steps(sorted(done), users, sized.users, outcomes, spec)
+        notes.append("an older modicum trained the measured job, and did not note the tokens of its cohorts")
+    kept = [at for at, amount in work.items() if amount]
     if not kept:
         raise ConfigError(f"nobody in the finished cohorts of {folder} has trained")
     trained = sum(states.count(state) for state in ("stored", "base", "diverged"))
     container, index = _bytes_in(spec, outcomes)
     return Measured(
-        what=f"{len(kept)} cohorts of the job in {folder}{_by(workers)}",
+        what=f"{len(kept)} cohorts of the job in {folder}",
         model=spec.model.name_or_path,
         method=spec.method.name,
         ranks=tuple(spec.all_ranks),
@@ -87,7 +84,7 @@ def _of_job(folder: Path) -> Measured:
         threads=sized.threads,
         tokens_per_pass=sized.tokens,
         cohort_size=sized.users,
-        rates={unit: Rate(tuple(work[at] for at in kept), tuple(workers * took[at] for at in kept))},
+        rates={unit: Rate(tuple(work[at] for at in kept), tuple(done[at][0] for at in kept))},
         stored=states.count("stored") / trained if trained else 1.0,
         token_bytes=sized.token_bytes,
         container_bytes=container,
@@ -101,9 +98,11 @@ def _of_report(report: Mapping[str, Any], where: str) -> Measured:
     """How fast a job was by its report alone, which knows steps and no tokens."""
     try:
         sized, timing, users = Sizes(**report["sizes"]), report["timing"], report["users"]
-        trained, workers = users["stored"] + users["base"] + users["diverged"], timing.get("workers", 1)
+        trained = users["stored"] + users["base"] + users["diverged"]
+        # an older modicum told the time on the clock, and how many cohorts shared it
+        shared = timing["seconds"] * timing.get("workers", 1)
         return Measured(
-            what=f"the report in {where}{_by(workers)}",
+            what=f"the report in {where}",
             model=report["spec"]["model"]["name_or_path"],
             method=report["spec"]["method"]["name"],
             ranks=tuple(map(int, report["numbers_per_adapter"])),
@@ -111,7 +110,7 @@ def _of_report(report: Mapping[str, Any], where: str) -> Measured:
             threads=sized.threads,
             tokens_per_pass=sized.tokens,
             cohort_size=sized.users,
-            rates={"steps": Rate((timing["steps"],), (workers * timing["seconds"],))},
+            rates={"steps": Rate((timing["steps"],), (timing.get("seconds_of_cohorts", shared),))},
             stored=users["stored"] / trained,
             token_bytes=sized.token_bytes,
             early_stopping=report["spec"]["train"]["early_stopping_patience"],
@@ -120,44 +119,18 @@ def _of_report(report: Mapping[str, Any], where: str) -> Measured:
         raise ConfigError(f"{where} is no report of a fleet that trained anybody ({error!r})") from error
 
 
-def _by(workers: int) -> str:
-    """Who trained it, where several did at the same time: a cohort's seconds are then those of one of them."""
-    return f", {workers} workers at a time" if workers > 1 else ""
-
-
-def _tokens(
-    parts: Mapping[int, Sequence[User]], spec: FleetSpec, sized: Sizes, multiple: int
-) -> dict[int, int]:
-    """Tokens of each cohort, counted on its users' rows as they are now.
-
-    Raises:
-        DataError: they are others than those that were trained on.
-    """
-    lengths = {one.user: one for one in sampled(spec, None).users}
-    users = [one for part in parts.values() for one in part]
-    changed = [
-        one.user
-        for one in users
-        if one.user not in lengths or lengths[one.user].order[:2] != (one.rows, one.bytes)
-    ]
-    if changed:
-        raise DataError(f"those of {listing(changed, 3)} in {spec.users.source} are not what they were")
-    return {
-        at: work_of(
-            [lengths[one.user] for one in part], spec.train, sized.tokens, multiple=multiple
-        ).all_tokens
-        for at, part in parts.items()
-    }
-
-
 def _steps(
-    parts: Mapping[int, Sequence[User]], outcomes: Sequence[Outcome], spec: FleetSpec
+    cohorts: Sequence[int], users: Sequence[User], size: int, outcomes: Sequence[Outcome], spec: FleetSpec
 ) -> dict[int, int]:
-    """Steps that the users of each cohort were to make."""
+    """Steps that the users of each cohort were to make; `users` in the order of cohorts, so many in each."""
     rows = {one.user: one.detail.get("rows", {}).get("train", 0) for one in outcomes if one.state != "faulty"}
     return {
-        at: sum(steps_of(rows[one.user], spec.train) for one in part if rows.get(one.user))
-        for at, part in parts.items()
+        at: sum(
+            steps_of(rows[one.user], spec.train)
+            for one in users[at * size : (at + 1) * size]
+            if rows.get(one.user)
+        )
+        for at in cohorts
     }
 
 

@@ -18,6 +18,7 @@ from modicum.fleet.ledger import FILE, Ledger
 from modicum.fleet.pace import steps_of
 from modicum.fleet.places import Elsewhere, Here
 from modicum.fleet.report import REPORT, summary, write_reports
+from modicum.fleet.sample import in_order
 from modicum.fleet.sizing import Sizes
 from modicum.fleet.spec import make_fleet
 from modicum.jobs.cluster import Cluster, require_ray
@@ -120,8 +121,8 @@ def _train(spec: FleetSpec, workers: int | None, tell: Callable[[Progress], None
             sized, about = place.prepare(sized)
             with ledger.change():
                 ledger.note("sizes", sized.as_dict())
-                # who share the seconds of cohorts
-                ledger.note("workers", workers or 1)
+                # also for who asks how fast an unfinished job is
+                ledger.note("about", about)
             if ledger.fact("gathered") is None:
                 gather(spec, ledger, store)
             job.run(place, sized)
@@ -190,10 +191,9 @@ class _Job:
         try:
             # the number of threads changes the order of sums, and so the last digits
             torch.set_num_threads(sized.threads)
-            for number, outcomes in place.finish(left, sized.tokens):
-                # cohorts that are trained at the same time share it
+            for number, found in place.finish(left, sized.tokens):
                 now = time.perf_counter()
-                self.ledger.finish(number, now - last, outcomes)
+                self.ledger.finish(number, found, now - last)
                 last = now
                 # users at fault make none of the steps that were planned for them, and others tell of none
                 past += weights[number]
@@ -215,8 +215,7 @@ class _Job:
 
         A function of what was gathered alone, the same in every attempt.
         """
-        users = [one for one in self.ledger.users() if one.name is not None]
-        users.sort(key=lambda one: (one.rows, one.bytes, one.id))
+        users = in_order(self.ledger.users())
         return {at // size: users[at : at + size] for at in range(0, len(users), size)}
 
     def _steps(self, users: Sequence[User]) -> int:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FILE = "fleet.sqlite"
-_FORMAT = 1
+_FORMAT = 2
 _TABLES = """
 CREATE TABLE facts(name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE users(
@@ -30,7 +30,7 @@ CREATE TABLE users(
 );
 CREATE TABLE rows(user INTEGER NOT NULL, file TEXT NOT NULL, line INTEGER NOT NULL, data TEXT NOT NULL);
 CREATE TABLE unread(file TEXT NOT NULL, line INTEGER NOT NULL, fault TEXT NOT NULL);
-CREATE TABLE cohorts(cohort INTEGER PRIMARY KEY, seconds REAL NOT NULL);
+CREATE TABLE cohorts(cohort INTEGER PRIMARY KEY, seconds REAL NOT NULL, tokens INTEGER);
 """
 
 
@@ -50,6 +50,11 @@ class User:
     name: str | None
     parent: str | None
 
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """What cohorts are sorted by: users with as many rows, and rows as long, are together."""
+        return self.rows, self.bytes, self.id
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -60,6 +65,17 @@ class Outcome:
     state: str
     #: everything else that is known: version, metrics, steps, rows, notes
     detail: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What became of the users of one cohort, and what that took."""
+
+    outcomes: list[Outcome]
+    #: of whoever trained it, alone or beside others; its adapters are then in the store
+    seconds: float
+    #: of all its passes, padding included, unless users stop early
+    tokens: int
 
 
 @final
@@ -87,6 +103,8 @@ class Ledger:
                     for statement in _TABLES.strip().rstrip(";").split(";"):
                         self._db.execute(statement)
                     self.note("format", _FORMAT)
+            if self.fact("format") == 1:
+                self._upgrade()
             found = self.fact("format")
         except sqlite3.DatabaseError as error:
             self._db.close()
@@ -111,6 +129,16 @@ class Ledger:
             self._db.execute("ROLLBACK")
             raise
         self._db.execute("COMMIT")
+
+    def _upgrade(self) -> None:
+        """Make format 2 of format 1, which noted the clock between two endings, shared by the workers of the time."""
+        with self.change():
+            if self.fact("format") != 1:
+                return
+            self.note("clock", self._db.execute("SELECT total(seconds) FROM cohorts").fetchone()[0])
+            self._db.execute("UPDATE cohorts SET seconds = seconds * ?", (self.fact("workers") or 1,))
+            self._db.execute("ALTER TABLE cohorts ADD COLUMN tokens INTEGER")
+            self.note("format", 2)
 
     def note(self, name: str, value: Any) -> None:
         """Returns when the fact `name` is `value`."""
@@ -180,15 +208,22 @@ class Ledger:
         values = [(one.state, json.dumps(one.detail), one.user) for one in outcomes]
         self._db.executemany("UPDATE users SET state = ?, detail = ? WHERE user = ?", values)
 
-    def finish(self, cohort: int, seconds: float, outcomes: Iterable[Outcome]) -> None:
-        """Returns when it is on the disk what became of a cohort."""
+    def finish(self, cohort: int, found: Finished, clock: float) -> None:
+        """Returns when it is on the disk what became of a cohort; `clock`: seconds since the one before."""
         with self.change():
-            self.settle(outcomes)
-            self._db.execute("INSERT INTO cohorts VALUES (?, ?)", (cohort, seconds))
+            self.settle(found.outcomes)
+            self._db.execute("INSERT INTO cohorts VALUES (?, ?, ?)", (cohort, found.seconds, found.tokens))
+            self.note("clock", self.clock + clock)
 
-    def finished(self) -> dict[int, float]:
-        """The cohorts that are finished, and the seconds that each took."""
-        return dict(self._db.execute("SELECT cohort, seconds FROM cohorts"))
+    @property
+    def clock(self) -> float:
+        """Seconds that passed while cohorts were trained, one or several at a time."""
+        return self.fact("clock") or 0.0
+
+    def finished(self) -> dict[int, tuple[float, int | None]]:
+        """The cohorts that are finished: the seconds of each, and its tokens (None where they were not noted)."""
+        found = self._db.execute("SELECT cohort, seconds, tokens FROM cohorts")
+        return {cohort: (seconds, tokens) for cohort, seconds, tokens in found}
 
     def outcomes(self) -> list[Outcome]:
         """What became of every user of whom it is known, in the order of their first rows."""

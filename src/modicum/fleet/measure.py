@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from modicum.data.encoded import Encoded, EncodedRow
 from modicum.evaluate.memory import weight_bytes
 from modicum.evaluate.resources import reset_peaks, resident_peak
 from modicum.fleet.base import load_fleet_base
 from modicum.fleet.cohort import Cohort
 from modicum.fleet.gather import name_of
 from modicum.fleet.pace import Pace
-from modicum.fleet.passes import passes
+from modicum.fleet.passes import multiple_on, passes
 from modicum.fleet.rates import Measured, Rate
-from modicum.fleet.sizing import sizes, token_bytes
+from modicum.fleet.sizing import longest_rows, sizes, token_bytes
 from modicum.fleet.work import padded
 from modicum.models.loading import quiet_transformers
 from modicum.models.plan import DTYPE_BYTES
@@ -30,6 +29,7 @@ from modicum.store.catalogue.publish import prepare
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from modicum.data.encoded import Encoded
     from modicum.fleet.base import FleetBase
     from modicum.fleet.passes import Pass
     from modicum.fleet.sample import Sample
@@ -63,9 +63,7 @@ def measured_here(spec: FleetSpec, sample: Sample, seconds: float) -> Measured:
     own = weight_bytes(base.model)
     before = psutil.Process().memory_info().rss
     reset_peaks()
-    target = 0.0 if base.task == "seq_cls" else None
-    longest = [EncodedRow([base.tokenizer.pad_token_id] * spec.data.max_length, target=target)] * 4
-    rows = Encoded(longest, class_targets=True)
+    rows = longest_rows(base, spec.data.max_length)
     sized = sizes(base, spec.train, rows, spec.all_ranks[-1])
     few = min(sized.users, len(sample.learners))
     chosen = [sample.learners[(2 * at + 1) * len(sample.learners) // (2 * few)] for at in range(few)]
@@ -160,7 +158,7 @@ def _looking(cohort: Cohort, data: Mapping[int, Encoded], tokens: int) -> Calls:
 
 
 def _padded(one: Pass, lengths: Mapping[int, Sequence[int]], cohort: Cohort) -> int:
-    return padded(one, lengths, 8 if cohort.base.device.type == "cuda" else 1)
+    return padded(one, lengths, multiple_on(cohort.base.device.type))
 
 
 def _timed(calls: Calls, seconds: float) -> Rate:
@@ -184,14 +182,14 @@ def _puts(base: FleetBase, cohort: Cohort, spec: FleetSpec, chosen: Chosen) -> l
     names = ("loss", "token_accuracy") if base.task == "causal_lm" else ("loss", "accuracy")
     # as many digits as measured ones have
     metrics = {f"{part}.{name}": math.pi for part in parts for name in names} if spec.users.held_out else {}
-    found = []
+    found, digest = [], spec.digest()
     largest = base.widest.record.layout.size * DTYPE_BYTES[spec.store.dtype]
     for at in range(enough(largest)):
         (rows, learner), slot = chosen[at % len(chosen)], at % len(chosen)
         user = rows.user if at < len(chosen) else f"{rows.user}-{at}"
-        about = {"fleet": spec.digest(), "user": user, "steps": Pace(len(learner.train), spec.train).steps}
+        about = {"fleet": digest, "user": user, "steps": Pace(len(learner.train), spec.train).steps}
         record = base.record(
-            learner.rank, cohort.values[slot], spec.store.dtype, recipe_digest=spec.digest(), metadata=about
+            learner.rank, cohort.values[slot], spec.store.dtype, recipe_digest=digest, metadata=about
         )
         found.append(
             Put(
@@ -200,7 +198,7 @@ def _puts(base: FleetBase, cohort: Cohort, spec: FleetSpec, chosen: Chosen) -> l
                 data_digest="0" * 32,
                 seed=spec.train.seed,
                 metrics=metrics,
-                tags=(*spec.store.tags, f"fleet-{spec.digest()}"),
+                tags=(*spec.store.tags, f"fleet-{digest}"),
                 alias=spec.store.alias,
                 source=f"fleet {spec.folder.name}",
             )

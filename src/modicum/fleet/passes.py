@@ -54,6 +54,11 @@ def passes(
         yield _joined(group)
 
 
+def multiple_on(device: str) -> int:
+    """Tokens that the longest row of a pass is padded to a multiple of, on `device` (cpu, cuda:0 …)."""
+    return 8 if device.startswith("cuda") else 1
+
+
 def _fits(group: Sequence[tuple], block: tuple, tokens: int) -> bool:
     longest = max(block[1], *(other[1] for other in group))
     rows = block[0] + sum(other[0] for other in group)

@@ -6,10 +6,9 @@ import functools
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, final
 
-from modicum.data.encoded import Encoded, EncodedRow
 from modicum.errors import StoreError
 from modicum.fleet.base import load_fleet_base
-from modicum.fleet.sizing import sizes
+from modicum.fleet.sizing import check_room, longest_rows, sizes
 from modicum.fleet.spec import make_fleet
 from modicum.fleet.worker import Worker
 from modicum.jobs.pool import Pool, Task
@@ -21,13 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from modicum.fleet.base import FleetBase
-    from modicum.fleet.ledger import Outcome
+    from modicum.fleet.ledger import Finished
     from modicum.fleet.sizing import Sizes
     from modicum.fleet.spec import FleetSpec
     from modicum.fleet.worker import Members
-
-#: rows that the memory of a pass is measured with
-_SAMPLE = 4
 
 
 class Place(ABC):
@@ -42,9 +38,7 @@ class Place(ABC):
         """
 
     @abstractmethod
-    def finish(
-        self, cohorts: Iterable[tuple[int, Members]], tokens: int
-    ) -> Iterator[tuple[int, list[Outcome]]]:
+    def finish(self, cohorts: Iterable[tuple[int, Members]], tokens: int) -> Iterator[tuple[int, Finished]]:
         """What became of the users of each cohort, by its number, in the order in which they end."""
 
 
@@ -62,9 +56,7 @@ class Here(Place):
         self._worker = Worker(self._spec, base, self._store, self._stepped)
         return known or _measured(self._spec, base), _about(base)
 
-    def finish(
-        self, cohorts: Iterable[tuple[int, Members]], tokens: int
-    ) -> Iterator[tuple[int, list[Outcome]]]:
+    def finish(self, cohorts: Iterable[tuple[int, Members]], tokens: int) -> Iterator[tuple[int, Finished]]:
         """See `Place.finish`."""
         for number, members in cohorts:
             yield number, self._worker.finish(members, tokens)
@@ -87,9 +79,7 @@ class Elsewhere(Place):
         [outcome] = self._pool.outcomes([Task(0, prepared, (self._text, known, self._pool.share))])
         return outcome.result("the base model")
 
-    def finish(
-        self, cohorts: Iterable[tuple[int, Members]], tokens: int
-    ) -> Iterator[tuple[int, list[Outcome]]]:
+    def finish(self, cohorts: Iterable[tuple[int, Members]], tokens: int) -> Iterator[tuple[int, Finished]]:
         """See `Place.finish`.
 
         Raises:
@@ -98,8 +88,8 @@ class Elsewhere(Place):
         tasks = (Task(number, finished, (self._text, members, tokens)) for number, members in cohorts)
         for outcome in self._pool.outcomes(tasks):
             number: Any = outcome.key
-            found: list[Outcome] = outcome.result(f"cohort {number}")
-            stored = [one.detail["version"] for one in found if "version" in one.detail]
+            found: Finished = outcome.result(f"cohort {number}")
+            stored = [one.detail["version"] for one in found.outcomes if "version" in one.detail]
             if stored and self._store.find(stored[0]) is None:
                 raise StoreError(
                     f"{stored[0]} was put into another store of the same address as {self._store.location}: all "
@@ -109,12 +99,19 @@ class Elsewhere(Place):
 
 
 def prepared(text: str, known: Sizes | None, share: float) -> tuple[Sizes, dict[str, Any]]:
-    """A task: what `Place.prepare` gives, for processes that may each take a `share` of the memory."""
+    """A task: what `Place.prepare` gives, for processes that may each take a `share` of the memory.
+
+    Raises:
+        ConfigError: see `check_room`.
+    """
     spec, base = _loaded(text)
-    return known or _measured(spec, base, share), _about(base)
+    if known is None:
+        return _measured(spec, base, share), _about(base)
+    check_room(known, base, spec, share)
+    return known, _about(base)
 
 
-def finished(text: str, members: Members, tokens: int) -> list[Outcome]:
+def finished(text: str, members: Members, tokens: int) -> Finished:
     """A task: what became of the users of a cohort; see `Worker.finish`."""
     spec, base = _loaded(text)
     with quiet_transformers(), Store(spec.store.path) as store:
@@ -130,10 +127,7 @@ def _loaded(text: str) -> tuple[FleetSpec, FleetBase]:
 
 
 def _measured(spec: FleetSpec, base: FleetBase, share: float = 1.0) -> Sizes:
-    ids = [base.tokenizer.pad_token_id] * spec.data.max_length
-    target = 0.0 if base.task == "seq_cls" else None
-    sample = Encoded([EncodedRow(ids, target=target)] * _SAMPLE, class_targets=True)
-    return sizes(base, spec.train, sample, spec.all_ranks[-1], share)
+    return sizes(base, spec.train, longest_rows(base, spec.data.max_length), spec.all_ranks[-1], share)
 
 
 def _about(base: FleetBase) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from modicum.errors import ConfigError
 from modicum.evaluate.intervals import Measure
 from modicum.evaluate.resources import Prices, cost
+from modicum.fleet.passes import multiple_on
 from modicum.fleet.schedule import makespan, with_failures
 from modicum.fleet.sizing import fitting, user_bytes
 from modicum.fleet.work import Work, cohorts_of, work_of
@@ -82,7 +83,7 @@ class Failures:
     """What failures of machines do, in the mean."""
 
     mtbf_hours: float
-    #: seconds until a worker trains again, and whether that was measured
+    #: seconds until a worker trains again
     restart_seconds: float
     cohorts_again: float
     #: hours of workers that are lost, restarts included
@@ -203,9 +204,10 @@ def _time(
     notes: list[str],
 ) -> _Time:
     cohorts, count = cohorts_of(sample, size), asked.users or len(sample)
-    each = [work_of(one, spec.train, tokens, multiple=8 if _on_gpu(measured) else 1) for one in cohorts]
-    share = count / len(sample)
-    amounts = _amounts(sum(each, Work()), measured, share)
+    multiple = multiple_on(measured.device)
+    each = [work_of(one, spec.train, tokens, multiple=multiple) for one in cohorts]
+    whole, share = sum(each, Work()), count / len(sample)
+    amounts = _amounts(whole, measured, share)
     parts = measured.parts(amounts)
     total = math.fsum(parts.values())
     alone = [math.fsum(measured.parts(_amounts(one, measured)).values()) for one in each]
@@ -221,8 +223,7 @@ def _time(
         min(len(rate.work) for rate in measured.rates.values()),
         "t",
     )
-    work = sum(each, Work()).times(share)
-    return _Time(work, amounts["adapters"], parts, len(seconds), hours, failures)
+    return _Time(whole.times(share), amounts["adapters"], parts, len(seconds), hours, failures)
 
 
 def _sizes(

@@ -43,7 +43,7 @@ _LEVELS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 def summary(spec: FleetSpec, about: Mapping[str, Any], ledger: Ledger, sized: Sizes) -> dict[str, Any]:
     """The report of a finished job, as plain values; `about`: what it says of the base model."""
     outcomes = ledger.outcomes()
-    seconds = sum(ledger.finished().values())
+    seconds, cohorts = ledger.clock, ledger.finished().values()
     counts = Counter(one.state for one in outcomes)
     trained = sum(counts[state] for state in ("stored", "base", "diverged"))
     unread, places = ledger.unread(_SHOWN)
@@ -64,8 +64,9 @@ def summary(spec: FleetSpec, about: Mapping[str, Any], ledger: Ledger, sized: Si
             "seconds": seconds,
             "adapters_per_hour": 3600 * trained / seconds if seconds else None,
             "steps": sum(one["steps"] or 0 for one in users),
-            "cohorts": len(ledger.finished()),
-            "workers": ledger.fact("workers") or 1,
+            "cohorts": len(cohorts),
+            # more where several were trained at a time
+            "seconds_of_cohorts": sum(took for took, _ in cohorts),
         },
         "sizes": sized.as_dict(),
         **about,

@@ -17,7 +17,6 @@ from modicum.fleet.training import Learner
 if TYPE_CHECKING:
     from modicum.data.encoded import Encoded
     from modicum.data.files import Rows
-    from modicum.fleet.base import FleetBase
     from modicum.fleet.spec import FleetSpec
 
 
@@ -34,13 +33,13 @@ class Prepared:
     data_digest: str | None = None
 
 
-def prepare_user(rows: Rows, spec: FleetSpec, base: FleetBase, rank: int) -> Prepared:
+def prepare_user(rows: Rows, spec: FleetSpec, tokenizer: Any, rank: int) -> Prepared:
     """The user whose `rows` these are: rows that cannot be used are left out and named, the others divided.
 
     Held-out rows are the first of a permutation by `data.seed`, those for the test follow, and the rest trains; a
     part that is asked for has one row at least.
     """
-    usable, faults = _usable(rows, spec, base)
+    usable, faults = _usable(rows, spec, tokenizer)
     counts = {"given": len(rows), "usable": len(usable)}
     notes = [f"{len(faults)} of {len(rows)} rows left out: {listing(faults, 3)}"] if faults else []
     parts = divided(len(usable), spec)
@@ -51,7 +50,7 @@ def prepare_user(rows: Rows, spec: FleetSpec, base: FleetBase, rank: int) -> Pre
         return Prepared(None, f"{what} that can be used{kept}", notes, counts)
     try:
         encoded = {
-            name: encode(usable.subset(chosen), spec.data, base.tokenizer, base.task, spec.num_labels)
+            name: encode(usable.subset(chosen), spec.data, tokenizer, spec.model.task, spec.num_labels)
             for name, chosen in parts.items()
         }
     except DataError as error:
@@ -74,7 +73,7 @@ def data_digest(rows: Rows, spec: FleetSpec) -> str:
     return digest.hexdigest()
 
 
-def _usable(rows: Rows, spec: FleetSpec, base: FleetBase) -> tuple[Rows, list[str]]:
+def _usable(rows: Rows, spec: FleetSpec, tokenizer: Any) -> tuple[Rows, list[str]]:
     """The rows that become tokens, and what is wrong with the others."""
     faults: dict[int, str] = {
         index: f"{rows.where(index)}: empty"
@@ -84,11 +83,11 @@ def _usable(rows: Rows, spec: FleetSpec, base: FleetBase) -> tuple[Rows, list[st
     left = [index for index in range(len(rows)) if index not in faults]
     try:
         if left:
-            encode(rows.subset(left), spec.data, base.tokenizer, base.task, spec.num_labels)
+            encode(rows.subset(left), spec.data, tokenizer, spec.model.task, spec.num_labels)
     except DataError:
         for index in left:
             try:
-                encode(rows.subset([index]), spec.data, base.tokenizer, base.task, spec.num_labels)
+                encode(rows.subset([index]), spec.data, tokenizer, spec.model.task, spec.num_labels)
             except DataError as error:
                 said = str(error).rpartition("cannot be used: ")[2]
                 place = rows.where(index)

@@ -12,9 +12,7 @@ import torch
 
 from modicum.data.encoded import Encoded, EncodedRow
 from modicum.errors import ConfigError, DataError
-from modicum.fleet.base import FleetBase
 from modicum.fleet.gather import gather
-from modicum.fleet.layers import Turn
 from modicum.fleet.ledger import Ledger
 from modicum.fleet.rates import Rate
 from modicum.fleet.rows import divided, prepare_user
@@ -53,8 +51,7 @@ def sampled(spec: FleetSpec, limit: int | None = _SAMPLE) -> Sample:
         DataError: there are no users, or none that could train.
     """
     anew = spec.model_copy(update={"store": spec.store.model_copy(update={"start_from": None})})
-    # rows become tokens without the model
-    base = FleetBase(None, _tokenizer(spec), Turn(), spec.model.task, {})
+    tokenizer = _tokenizer(spec)
     users, learners, took = [], [], []
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -70,9 +67,11 @@ def sampled(spec: FleetSpec, limit: int | None = _SAMPLE) -> Sample:
             began, part = time.perf_counter(), chosen[at : at + together]
             for one in part:
                 rank = spec.rank_of(one.rows)
-                learner = prepare_user(ledger.rows_of(one), spec, base, rank).learner
-                users.append(_lengths(one.user, learner, rank, (one.rows, one.bytes, one.id)))
-                if learner is not None:
+                learner = prepare_user(ledger.rows_of(one), spec, tokenizer, rank).learner
+                if learner is None:
+                    users.append(UserRows(one.user, rank=rank, order=one.order))
+                else:
+                    users.append(UserRows.of(one.user, learner, one.order))
                     learners.append((users[-1], learner))
             took.append((len(part), time.perf_counter() - began))
     if not learners:
@@ -109,25 +108,13 @@ def alike(spec: FleetSpec, rows: int, tokens: int, count: int) -> Sample:
     }
     rank = spec.rank_of(rows)
     learner = Learner(encoded["train"], encoded.get("held_out"), encoded.get("test"), rank)
-    found = [_lengths(f"user-{at}", learner, rank, (rows, 0, at)) for at in range(min(count, _SAMPLE))]
+    found = [UserRows.of(f"user-{at}", learner, (rows, 0, at)) for at in range(min(count, _SAMPLE))]
     return Sample(count, found, [(one, learner) for one in found])
 
 
 def in_order(users: Sequence[User]) -> list[User]:
     """Those users that a job trains, in the order of its cohorts."""
-    return sorted(
-        (one for one in users if one.name is not None), key=lambda one: (one.rows, one.bytes, one.id)
-    )
-
-
-def _lengths(user: str, learner: Learner | None, rank: int, order: tuple[int, int, int]) -> UserRows:
-    if learner is None:
-        return UserRows(user, rank=rank, order=order)
-    parts = {
-        name: tuple(part.lengths) if part is not None else ()
-        for name, part in (("train", learner.train), ("held_out", learner.held_out), ("test", learner.test))
-    }
-    return UserRows(user, **parts, rank=rank, order=order)
+    return sorted((one for one in users if one.name is not None), key=lambda one: one.order)
 
 
 def _tokenizer(spec: FleetSpec) -> Any:

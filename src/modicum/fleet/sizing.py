@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from modicum.data.encoded import Encoded, EncodedRow
+from modicum.errors import ConfigError
 from modicum.evaluate.memory import Peak
 from modicum.fleet.cohort import Cohort
 from modicum.fleet.passes import Pass
@@ -15,9 +17,8 @@ from modicum.fleet.passes import Pass
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from modicum.data.encoded import Encoded
     from modicum.fleet.base import FleetBase
-    from modicum.fleet.spec import TrainOptions
+    from modicum.fleet.spec import FleetSpec, TrainOptions
 
 #: shares of the free memory that a pass and the numbers of a cohort may take
 _PASS, _NUMBERS = 0.5, 0.25
@@ -25,6 +26,8 @@ _PASS, _NUMBERS = 0.5, 0.25
 #: it pages; a cohort is what a crash costs
 _MOST_TOKENS = {"cpu": 4096, "cuda": 65_536}
 _MOST_USERS = {"cpu": 256, "cuda": 4096}
+#: rows that the memory of a pass is measured with
+_SAMPLE = 4
 #: bytes of a trained number of a user: itself, two moments, gradient, a copy of what steps, and the best so far
 _NUMBER = 4 * 6
 
@@ -39,6 +42,8 @@ class Sizes:
     #: of one token in a pass, and of the numbers of one user
     token_bytes: int | None = None
     user_bytes: int | None = None
+    #: of the memory that was free, for which they were found
+    share: float = 1.0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -56,7 +61,34 @@ def sizes(base: FleetBase, options: TrainOptions, sample: Encoded, rank: int, sh
         token = token_bytes(base, {0: sample}, rank)
     free = int(share * free_bytes(base.device))
     tokens, users = fitting(options, base.device.type, free, numbers, token, max(sample.lengths))
-    return Sizes(tokens, users, torch.get_num_threads(), token, user_bytes(numbers))
+    return Sizes(tokens, users, torch.get_num_threads(), token, user_bytes(numbers), share)
+
+
+def check_room(known: Sizes, base: FleetBase, spec: FleetSpec, share: float) -> None:
+    """Returns when sizes that were found for more memory also fit into a smaller `share` of what is free here.
+
+    Raises:
+        ConfigError: they do not; what would fit.
+    """
+    if share >= known.share:
+        return
+    options, token = spec.train, known.token_bytes
+    if token is None:
+        options = options.model_copy(update={"tokens_per_pass": known.tokens})
+    free, numbers = int(share * free_bytes(base.device)), base.widest.record.layout.size
+    tokens, users = fitting(options, base.device.type, free, numbers, token, spec.data.max_length)
+    if known.tokens > tokens or known.users > users:
+        raise ConfigError(
+            f"the job began with passes of {known.tokens} tokens and cohorts of {known.users} users, and keeps them; "
+            f"a worker here may take {share:.0%} of the memory, where {tokens} and {users} fit: go on with fewer "
+            "workers, or begin again (--overwrite)"
+        )
+
+
+def longest_rows(base: FleetBase, length: int) -> Encoded:
+    """Some rows of `length` tokens, with which the memory of a pass is measured."""
+    row = EncodedRow([base.tokenizer.pad_token_id] * length, target=0.0 if base.task == "seq_cls" else None)
+    return Encoded([row] * _SAMPLE, class_targets=True)
 
 
 def fitting(
@@ -83,7 +115,7 @@ def user_bytes(numbers: int) -> int:
 
 def token_bytes(base: FleetBase, sample: Mapping[int, Encoded], rank: int) -> int:
     """Bytes that one token takes in a step, measured on the first rows of `sample`; what does not grow is in it too."""
-    rows: Sequence[int] = range(min(4, len(sample[0])))
+    rows: Sequence[int] = range(min(_SAMPLE, len(sample[0])))
     cohort = Cohort(base, [rank])
     lengths = [sample[0].lengths[row] for row in rows]
     one = Pass((0,), (tuple(rows),))

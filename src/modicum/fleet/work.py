@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from modicum.fleet.passes import Pass
     from modicum.fleet.spec import TrainOptions
+    from modicum.fleet.training import Learner
 
     Lengths = Mapping[int, Sequence[int]]
 
@@ -32,6 +33,19 @@ class UserRows:
     rank: int = 16
     #: what cohorts are sorted by: rows, characters and number as gathered
     order: tuple[int, int, int] = (0, 0, 0)
+
+    @classmethod
+    def of(cls, user: str, learner: Learner, order: tuple[int, int, int] = (0, 0, 0)) -> UserRows:
+        """The rows of a user who can train."""
+        parts = {
+            name: tuple(part.lengths) if part is not None else ()
+            for name, part in (
+                ("train", learner.train),
+                ("held_out", learner.held_out),
+                ("test", learner.test),
+            )
+        }
+        return cls(user, **parts, rank=learner.rank, order=order)
 
     @property
     def rows(self) -> int:
@@ -97,7 +111,7 @@ def work_of(users: Sequence[UserRows], options: TrainOptions, tokens: int, *, mu
         return Work(looks=len(cut), look_tokens=sum(padded(one, data, multiple) for one in cut))
 
     # the base model on what is judged by, and at the end the adapters on what decides nothing
-    found = Work(users=len(able)) + looked(held_out) + looked(test) + looked(test)
+    found = Work(users=len(able)) + looked(held_out) + looked(test).times(2)
     active, step = list(train), 0
     while active:
         wanted = {slot: paces[slot].batch(step) for slot in active}

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 
 from modicum.errors import ModicumError, NotStoredError
-from modicum.fleet.ledger import Outcome, User
+from modicum.fleet.ledger import Finished, Outcome, User
+from modicum.fleet.passes import multiple_on
 from modicum.fleet.rows import Prepared, prepare_user
 from modicum.fleet.training import Learner, Learnt, Training, is_better
+from modicum.fleet.work import UserRows, work_of
 from modicum.store import Put, Store
 from modicum.store.catalogue.publish import prepare as prepared_put
 from modicum.store.record import encode
@@ -40,14 +43,17 @@ class Worker:
     ) -> None:
         """`stepped` is told of steps that were made or are not made any more, one for each user."""
         self.spec, self.base, self.store, self._stepped = spec, base, store, stepped
+        self._digest = spec.digest()
 
-    def finish(self, members: Members, tokens: int) -> list[Outcome]:
+    def finish(self, members: Members, tokens: int) -> Finished:
         """What became of the users of one cohort, whose adapters are in the store; `tokens` of a pass.
 
         Finished once more, a cohort leaves the store as it is.
         """
+        began = time.perf_counter()
         found = [
-            prepare_user(rows, self.spec, self.base, self.spec.rank_of(one.rows)) for one, rows in members
+            prepare_user(rows, self.spec, self.base.tokenizer, self.spec.rank_of(one.rows))
+            for one, rows in members
         ]
         outcomes = [
             Outcome(one.user, "faulty", {"fault": how.fault, **_known(how)})
@@ -56,7 +62,7 @@ class Worker:
         ]
         able = [(one, how) for (one, _), how in zip(members, found, strict=True) if how.learner is not None]
         if not able:
-            return outcomes
+            return Finished(outcomes, time.perf_counter() - began, 0)
         learners = [self._started(one, how) for one, how in able]
         training = Training(self.base, self.spec, learners, tokens)
         learnt = training.run(self._stepped)
@@ -73,7 +79,10 @@ class Worker:
             settled.append(outcome)
         for at, version in self._store([put for _, put in puts], [at for at, _ in puts]):
             settled[at].detail["version"] = version
-        return outcomes + settled
+        seconds = time.perf_counter() - began
+        rows = [UserRows.of(one.user, learner) for (one, _), learner in zip(able, learners, strict=True)]
+        work = work_of(rows, self.spec.train, tokens, multiple=multiple_on(self.base.device.type))
+        return Finished(outcomes + settled, seconds, work.all_tokens)
 
     def _started(self, user: User, how: Prepared) -> Learner:
         """The learner of a user, with the numbers of its parent where it has one."""
@@ -101,10 +110,10 @@ class Worker:
 
     def _record(self, user: User, mine: Learnt, row: torch.Tensor, rank: int) -> Record | str:
         """The adapter of a user as a record, or why it has none."""
-        about = {"fleet": self.spec.digest(), "user": user.user, "steps": mine.best_step}
+        about = {"fleet": self._digest, "user": user.user, "steps": mine.best_step}
         try:
             record = self.base.record(
-                rank, row, self.spec.store.dtype, recipe_digest=self.spec.digest(), metadata=about
+                rank, row, self.spec.store.dtype, recipe_digest=self._digest, metadata=about
             )
             encode(record)
         except ModicumError as error:
@@ -127,7 +136,7 @@ class Worker:
             data_digest=how.data_digest,
             seed=self.spec.train.seed,
             metrics=metrics,
-            tags=(*options.tags, f"fleet-{self.spec.digest()}"),
+            tags=(*options.tags, f"fleet-{self._digest}"),
             alias=options.alias,
             source=f"fleet {self.spec.folder.name}",
         )
