@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from modicum.evaluate.resources import resident_peak
 from modicum.fleet.evaluate import evaluate_fleet
 from modicum.fleet.job import Progress, train_fleet
 from modicum.fleet.spec import load_fleet
@@ -73,6 +74,7 @@ def main() -> None:
     began = time.perf_counter()
     report = train_fleet(spec, resume=(arguments.work / "run").is_dir(), tell=shown([0.0])).report
     trained = time.perf_counter() - began
+    peak = resident_peak()
     with tempfile.TemporaryDirectory() as scratch:
         found = evaluate_fleet(spec, Path(scratch))
     evaluated = time.perf_counter() - began - trained
@@ -88,6 +90,7 @@ def main() -> None:
         "gains": {name: value for name, value in report["gains"].items() if name != "base_better"},
         "timing": report["timing"],
         "seconds": {"in_all": trained, "evaluation_out_of_the_store": evaluated},
+        "peak_memory_bytes": peak,
         "evaluation": {name: found[name] for name in ("users", "metrics", "part")},
         "store": {"versions": stats.versions, "bytes_checked": checked.bytes},
         "versions": report["versions"],
