@@ -36,7 +36,7 @@ def fleet(folder: Path) -> Path:
         "data": {"max_length": 64},
         "method": {"name": "lora_xs", "r": 4},
         "train": {"epochs": 40, "batch_size": 2, "learning_rate": 1e-2, "cohort_size": 2},
-        "store": {"path": str(folder / "store")},
+        "store": {"path": str(folder / "store"), "alias": "production"},
         "output": str(folder / "run"),
     }
     path = folder / "fleet.yaml"
@@ -68,7 +68,7 @@ def finished(folder: Path) -> int:
 def contents(folder: Path) -> dict[str, tuple]:
     with Store(folder / "store") as store:
         assert store.verify().ok
-        return {str(v): (v.digest, v.metrics, v.tags, v.data_digest) for v in store.ls()}
+        return {str(v): (v.digest, v.metrics, v.tags, v.data_digest, v.aliases) for v in store.ls()}
 
 
 @pytest.mark.slow
@@ -88,6 +88,7 @@ def test_killed_with_9_and_resumed_the_store_is_the_same(tmp_path):
     report = json.loads(run("train", path, "--resume", "--json"))
     assert report["users"]["all"] == len(USERS)
     assert contents(killed) == contents(whole) != {}
+    assert {aliases for *_, aliases in contents(killed).values()} == {("production",)}
     measured = json.loads(run("eval", path, "--part", "held_out", "--json"))
     assert measured["users"] == report["users"]["stored"]
     assert measured["metrics"]["loss"]["after"] < measured["metrics"]["loss"]["before"]

@@ -41,19 +41,19 @@ def train(
             "--workers are for --ray: without it this process trains one cohort after the other"
         )
     spec = loaded(file, changes, output)
-    seen = 0
+    seen = 0, 0
     with contextlib.ExitStack() as stack:
         bar: list[Advance] = []
 
         def tell(now: Progress) -> None:
             nonlocal seen
-            if now.steps == seen:
+            if (now.steps, now.users) == seen:
                 return
             # how many steps there are is known with the first call
             bar[:] = bar or [stack.enter_context(progress("steps of users", now.of_steps))]
             rate = f"{now.adapters_per_hour:,.0f} adapters/h, {_clock(now.seconds_left)} left"
-            bar[0](now.steps - seen, f"({now.users}/{now.of_users} users, {rate})")
-            seen = now.steps
+            bar[0](now.steps - seen[0], f"({now.users}/{now.of_users} users, {rate})")
+            seen = now.steps, now.users
 
         result = train_fleet(
             spec, resume=resume, overwrite=overwrite, workers=(workers or 1) if ray else None, tell=tell
