@@ -72,6 +72,7 @@ def test_every_difference_is_named(halves, tmp_path):
     def change(values):
         values["metric"], values["seeds"], values["split"] = "perplexity", [0, 1, 2], "validation"
         values["conditions"]["model digest"] = "0" * 16
+        values["conditions"]["protocol"] = "learning rate of each cell chosen on test rows"
         values["conditions"]["data"]["digests"]["train"] = "1" * 16
         values["conditions"]["data"]["options"]["prompt_template"] = "Q: {question}"
         values["conditions"]["steps"] = 99
@@ -84,7 +85,8 @@ def test_every_difference_is_named(halves, tmp_path):
     said = str(caught.value)
     for words in (
         "metric: 'loss' and 'perplexity'", "seeds: [0, 1] and [0, 1, 2]", "split: 'test' and 'validation'",
-        "model digest", "data.digests.train", "data.options.prompt_template: None and 'Q: {question}'",
+        "model digest", "chosen on test rows'", "data.digests.train",
+        "data.options.prompt_template: None and 'Q: {question}'",
         "steps: 3 and 99", "train.weight_decay: 0.0 and 0.5", "the compression 4bit: quantize.bits: 4 and 3",
     ):  # fmt: skip
         assert words in said, words

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
+from collections import Counter
 
 import pytest
 from tests.browser import NoBrowserError, browser
 from tests.compare.sample import comparison
+from tests.compare.small import reference
 from tests.compare.test_report import HOSTILE
 
 from modicum.compare.report import write_report
@@ -70,6 +73,23 @@ def test_every_plot_is_there_with_every_cell(opened, report):
     assert shown(opened) == PLOTS
     assert opened.requested == [report.as_uri()]
     assert opened.logged == []
+
+
+def test_the_report_of_a_comparison_that_ran(window):
+    cells = json.loads((reference() / "comparison.json").read_text())["cells"]
+    window.resize(1280)
+    window.dark(False)
+    window.open(reference() / "report.html")
+    of_method = Counter(cell["method"] for cell in cells)
+    swept = Counter(cell["method"] for cell in cells if len(cell["rates"]) > 1)
+    assert of_method == {"lora": 4, "lora_xs": 4}
+    assert swept == {"lora_xs": 4}
+    quality = dict.fromkeys(("plot-trained-values", "plot-stored-bytes", "plot-total-bytes"), 8)
+    courses = {"plot-curves-0": 4, "plot-curves-1": 4, "plot-rates-0": 4}
+    assert shown(window) == {**quality, **courses}
+    assert Counter(column(window, 0)) == Counter(cell["label"] for cell in cells)
+    assert window.requested == [(reference() / "report.html").as_uri()]
+    assert window.logged == []
 
 
 def test_bands_are_wider_than_their_lines(opened):
