@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tests.laws.cases import OneLayer
 from tests.models_for_tests import SMALL, base_for, bert, gpt2, llama, tokens
 
 from modicum import LoraXSConfig
@@ -206,8 +207,13 @@ def test_adapter_names_are_never_ignored(method):
 def test_targets_that_cannot_be_adapted_are_refused_together(method):
     base = base_for(method, llama())
     before = [name for name, _ in base.named_modules()]
-    pooled = "pool" in option_names(method)
-    misfit, said = ({"pool": 7}, "does not divide its 32 inputs") if pooled else ({"r": 24}, "rank is larger")
+    misfit, said = {"r": 24}, ["rank is larger"]
+    if "pool" in option_names(method):
+        misfit = {"pool": 7}
+        said = ["pool = 7 does not divide its 32 inputs (sizes that do: 1, 2, 4, 8, 16, 32)"]
+    if "repeat" in option_names(method):
+        misfit["repeat"] = 5
+        said.append("repeat = 5 does not divide its 16 outputs (sizes that do: 1, 2, 4, 8, 16)")
     with pytest.raises(TargetError) as caught:
         get_peft_model(
             base, config_for(method, target_modules=["embed_tokens", "q_porj", "v_proj"], **misfit)
@@ -215,7 +221,7 @@ def test_targets_that_cannot_be_adapted_are_refused_together(method):
     message = str(caught.value)
     assert "embed_tokens (Embedding) cannot be adapted" in message
     assert "'q_porj' matches no layer (did you mean 'q_proj'" in message
-    assert said in message
+    assert all(part in message for part in said), message
     assert [name for name, _ in base.named_modules()] == before
 
 
@@ -263,6 +269,15 @@ def test_compile_has_no_graph_break(method, monkeypatch):
     wanted = logits(model)
     compiled = torch.compile(model.base_model.model, fullgraph=True, backend="aot_eager")
     same(compiled(tokens(), use_cache=False).logits.detach(), wanted)
+
+
+def test_compiled_without_a_graph_break_where_no_gradient_is_wanted(method, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    base = base_for(method, OneLayer(torch.nn.Linear(32, 48)))
+    model = get_peft_model(base, config_for(method, target_modules=["layer"])).eval()
+    compiled, x = torch.compile(model, fullgraph=True, backend="eager"), torch.randn(1, 32)
+    with torch.no_grad():
+        same(compiled(x), model(x))
 
 
 # --- traps ---------------------------------------------------------------------------------------------

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
+import sysconfig
 import threading
+from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from modicum import AffineConfig, QALoraConfig
 from modicum.quant import int4pack, matmul, native
 from modicum.quant.affine import AffineLinear
+from modicum.quant.huggingface import quantize_linears
 from modicum.quant.spec import AffineSpec
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+_HEADERS = Path(sysconfig.get_path("include"), "Python.h").is_file()
+#: what torch's own compiler compiles with, None where it cannot
+COMPILER = (shutil.which("g++") or shutil.which("clang++")) if _HEADERS else None
 
 
 def layer(bits=4, block=(1, 32), out=192, columns=64, *, bias=True, seed=0) -> AffineLinear:
@@ -24,6 +34,18 @@ def layer(bits=4, block=(1, 32), out=192, columns=64, *, bias=True, seed=0) -> A
     if made.bias is not None:
         made.bias.requires_grad_(False).normal_()
     return made
+
+
+def four_bit_llama() -> LlamaForCausalLM:
+    """A Llama of one layer on 4 bits whose widths the packed kernel takes."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=67, hidden_size=128, intermediate_size=192, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).requires_grad_(requires_grad=False)
+    quantize_linears(model, AffineConfig(bits=4, group_size=32, modules_to_not_convert=["lm_head"]))
+    return model
 
 
 @pytest.fixture(params=["library", "torch"])
@@ -125,6 +147,55 @@ def test_compiled_and_checkpointed_training(packed):
     ):
         for found, expected in zip(gradients(run), wanted, strict=True):
             assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_training_keeps_codes_and_no_weight(packed):
+    made = layer(out=320, columns=64)
+    packs(made, packed)
+    x = torch.randn(40, 64, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor) or tensor, lambda it: it
+    ):
+        made(x)
+    own = {
+        tensor.untyped_storage().data_ptr()
+        for tensor in (made.codes, made.scales, made.offsets)
+        if tensor is not None
+    }
+    assert made.codes.untyped_storage().data_ptr() in {tensor.untyped_storage().data_ptr() for tensor in kept}
+    assert {tensor.untyped_storage().data_ptr() for tensor in kept} <= own
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILER is None, reason="torch.compile needs a C++ compiler and Python's headers")
+def test_a_compiled_model_trains_and_decodes(tmp_path, monkeypatch):
+    """What `torch.compile` makes by default of an MLP of a 4-bit Llama with adapters: a step, then one row."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model = get_peft_model(four_bit_llama(), QALoraConfig(r=4, pool=32, init_weights=False))
+    mlp = model.base_model.model.model.layers[0].mlp.train()
+    inputs = torch.randn(2, 9, 128, generator=torch.Generator().manual_seed(0))
+
+    def gradients(run):
+        x = inputs.clone().requires_grad_()
+        run(x).square().mean().backward()
+        found = [p.grad.clone() for p in mlp.parameters() if p.requires_grad]
+        mlp.zero_grad()
+        return [x.grad, *found]
+
+    compiled = torch.compile(mlp, fullgraph=True)
+    wanted, found = gradients(mlp), gradients(compiled)
+    assert len(found) == 1 + 2 * 3
+    for one, other in zip(found, wanted, strict=True):
+        assert other.norm() > 0
+        assert (one - other).norm() < 1e-4 * other.norm()
+    mlp.eval().bfloat16()
+    row = inputs[:1, :1].bfloat16()
+    with torch.no_grad():
+        plain = mlp(row).float()
+        assert {m.packed for m in mlp.modules() if isinstance(m, AffineLinear)} == {int4pack.available()}
+        assert (compiled(row).float() - plain).norm() < 2e-2 * plain.norm()
 
 
 def test_the_custom_operations_keep_their_contract():

@@ -128,7 +128,7 @@ class PooledLowRank(PooledAdapter):
 
 
 class _Product(torch.autograd.Function):
-    """`base` + scaling · E_q (… B A) P_p x for factors A, B, …, in the number type they all have.
+    """`base` + scaling · E_q (… B A) P_p x for one factor or two, in the number type they all have.
 
     Kept for the gradient: the pooled inputs and what each factor but the last makes of them. The gradient of the
     output is pooled once, and serves all factors.
@@ -136,8 +136,17 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, base: Tensor, scaling: float, pool: int, repeat: int, *factors: Tensor
+        ctx: Any,
+        x: Tensor,
+        base: Tensor,
+        scaling: float,
+        pool: int,
+        repeat: int,
+        first: Tensor,
+        last: Tensor | None = None,
     ) -> Tensor:
+        # no `*factors`: where no gradient is wanted torch.compile counts parameters, and drops `ctx` if there are two
+        factors = (first,) if last is None else (first, last)
         rows, inputs = _sums(x.reshape(-1, x.shape[-1]), pool, 1 / pool), []
         for factor in factors:
             inputs.append(rows)
