@@ -60,6 +60,24 @@ def test_the_head_is_asked_for(text, tmp_path, capsys):
     assert "keeps the output head in full precision" in refused.err
 
 
+def test_double_quantization_can_be_left_out(text, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    for more, double in (([], True), (["--no-double-quant"], False)):
+        chosen = [
+            "quantize",
+            small.llama(),
+            "--output",
+            tmp_path / "q",
+            "--algorithm",
+            "nf4",
+            "--no-eval",
+            *more,
+        ]
+        plan = run(capsys, *chosen, "--dry-run", "--json")
+        assert plan.code == 0, plan.out
+        assert plan.json["options"]["double_quant"] is double
+
+
 def test_the_table(text, tmp_path, capsys):
     shown = run(capsys, *words(text, tmp_path / "q", "--algorithm", "mse", "--block", "8x4"))
     assert shown.code == 0, shown.err

@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tests.small_checkpoints import recipe_values
+from transformers import AutoModelForCausalLM
 
 from modicum.errors import ConfigError
+from modicum.evaluate.load import load_for_evaluation
+from modicum.evaluate.run import evaluate
 from modicum.train.recipe import make_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def modicum(*arguments):
@@ -58,6 +65,47 @@ def test_quantize_tune_merge_export_measure_and_again(recipe):
     assert json.loads(kept.stdout)["measure"] == measured
     other = modicum("run", "--config", recipe, "--json", "--resume", "train.learning_rate=0.01")
     assert "another recipe" in json.loads(other.stdout)["error"]
+
+
+@pytest.mark.slow
+def test_the_recipe_that_ships_on_the_embedded_model(tmp_path):
+    """Real weights and text through every stage; of the recipe itself only the amounts are changed."""
+    pytest.importorskip("gguf", reason="needs the extra modicum[export]")
+    out = tmp_path / "run"
+    fewer = [
+        "train.max_steps=12", "train.batch_size=8", "train.evaluate_before=false", "train.report_to=none",
+        "data.max_eval_rows=32", "quantize.sequences=8", "quantize.sequence_length=128", "quantize.eval_sequences=4",
+    ]  # fmt: skip
+    words = ["run", "--config", ROOT / "recipes" / "qa_lora.yaml", "--json", f"output={out}", *fewer]
+    done = modicum(*words)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    # 4 bits and 2 of 16 for a group of 32; offsets have 32 after the merge
+    assert report["quantize"]["bits_per_weight"] == pytest.approx(5.0)
+    assert report["quantize"]["perplexity_after"] < 1.2 * report["quantize"]["perplexity_before"]
+    assert report["merge"]["exact"]
+    assert report["merge"]["report"]["effect"] > 0.1
+    assert report["merge"]["report"]["logit_error"] < 1e-5
+    assert (report["merge"]["bits_before"], report["merge"]["bits_after"]) == (5.0, 5.5)
+    measured = {
+        who: {name: m["value"] for name, m in found.items()} for who, found in report["measure"].items()
+    }
+    assert measured["adapted"]["loss"] < measured["base"]["loss"] - 1
+    assert measured["merged"] == pytest.approx(measured["adapted"], rel=1e-4)
+    # the exported file, read by Transformers' own loader, says the same of the same rows
+    loaded = load_for_evaluation(
+        str(out / "merged"),
+        "bundled:notes",
+        overrides=["max_length=128", "max_eval_rows=32"],
+        dtype="float32",
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(out / "export", gguf_file="gguf.gguf", dtype=torch.float32)
+    found = evaluate(theirs, loaded.tokenizer, loaded.rows, loaded.task, exact_match=False)
+    loss = found.metrics["loss"].value
+    assert loss == pytest.approx(measured["merged"]["loss"], rel=1e-3)
+    again = modicum(*words, "--resume")
+    assert again.returncode == 0, again.stdout
+    assert set(json.loads(again.stdout)["reused"]) == {"quantize", "tune", "merge", "gguf"}
 
 
 def test_everything_wrong_with_the_stages_is_said_at_once(tmp_path):

@@ -127,6 +127,19 @@ def test_options_that_do_not_go_together(changes, expected):
     assert expected in str(caught.value)
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_paged_optimizer_needs_a_gpu(gpu, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    values = {**MINIMAL, "train": {"optim": "paged_adamw_8bit"}}
+    if gpu:
+        assert make_recipe(values).train.optim == "paged_adamw_8bit"
+        return
+    with pytest.raises(
+        ConfigError, match="'paged_adamw_8bit' pages between a GPU and the host, and there is no GPU"
+    ):
+        make_recipe(values)
+
+
 def test_overrides_are_yaml(tmp_path):
     path = saved(tmp_path, "model: {name_or_path: a}\ndata: {train: b}\n")
     recipe = load_recipe(

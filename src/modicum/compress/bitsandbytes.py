@@ -77,7 +77,11 @@ def quantize_with_bitsandbytes(
     report = QuantizationReport(
         model=model,
         output=str(work.output),
-        options={"algorithm": options.algorithm, "exclude": list(options.exclude)},
+        options={
+            "algorithm": options.algorithm,
+            **({"double_quant": options.double_quant} if options.algorithm == "nf4" else {}),
+            "exclude": list(options.exclude),
+        },
         bits_per_weight=bits_of(layers),
         quantized_weights=sum(sizes[key][0] for key in replaced),
         kept_weights=sum(count for key, (count, _) in sizes.items() if key not in replaced),

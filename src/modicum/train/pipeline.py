@@ -26,9 +26,10 @@ from modicum.models.architecture import read_config
 from modicum.models.loading import load_adapted, load_base, load_tokenizer, quiet_transformers
 from modicum.store.atomic import write_text
 from modicum.train import artifacts
+from modicum.train.checks import check_recipe
 from modicum.train.methods import FULL
 from modicum.train.run import tune
-from modicum.train.search import check_search, search_run
+from modicum.train.search import search_run
 from modicum.train.stages import STAGES, before_options
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ def run_recipe(
     """The result of all stages of `recipe`; `say` is told which one begins.
 
     Raises:
-        ConfigError: the folder holds another recipe's results, or stages that make no sense together.
+        ConfigError: the folder holds another recipe's results, or stages that make no sense together. Also, before the
+            first stage, what `check_recipe` finds.
         InexactMergeError: the merge or an export would lose something and `merge.allow_inexact` is not set.
     """
     if recipe.merge is not None and recipe.method.name == FULL:
@@ -83,7 +85,7 @@ def run_recipe(
             "a sweep leaves one adapter for each rate and seed, and the stages go on with one: sweep with `modicum "
             "tune`, then put the best rate into train.learning_rate and drop the section sweep"
         )
-    check_search(recipe)
+    check_recipe(recipe, {stage: folder for stage, (folder, _, _) in _BEFORE.items()}, overwrite=overwrite)
     _claim(recipe, resume=resume, overwrite=overwrite)
     job = _Pipeline(recipe, say)
     with quiet_transformers():
@@ -203,7 +205,8 @@ class _Pipeline:
         """Write the merged model in the formats of other engines."""
         for name in self.recipe.export:
             target = self.folder / EXPORT / name
-            if self._is_there(target, name, name="*"):
+            # a folder, or a file with the ending of its format
+            if self._is_there(next(target.parent.glob(f"{name}.*"), target), name, name="*"):
                 continue
             self.say(f"export {name}")
             target.parent.mkdir(parents=True, exist_ok=True)
