@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from tests import models_for_tests as models
@@ -58,6 +60,60 @@ def test_a_smaller_type_is_measured_and_may_be_refused(files, tmp_path, capsys):
     forced = run(capsys, *words(files, tmp_path / "bad", tiny), "--dtype", "bfloat16", "--allow-inexact")
     assert forced.code == 0
     assert "INEXACT" in forced.out
+
+
+def test_a_quantized_base_takes_what_fits_and_says_what_the_rest_costs(files, tmp_path, capsys):
+    base = tmp_path / "q4"
+    made = run(
+        capsys,
+        "quantize",
+        files.base,
+        "--output",
+        base,
+        "--group-size",
+        16,
+        "--algorithm",
+        "rtn",
+        "--no-eval",
+    )
+    assert made.code == 0, made.err
+    adapters = {}
+    for name, config in (
+        ("qa", modicum.QALoraConfig(r=4, pool=16, init_weights=False)),
+        ("xs", modicum.LoraXSConfig(r=4, alpha=6.0)),
+    ):
+        adapters[name] = save_adapter(
+            trained(AutoModelForCausalLM.from_pretrained(base), config), tmp_path / name
+        ).path
+
+    def merge(name, *more):
+        return run(capsys, "merge", "--model", base, "--adapter", adapters[name], "--output", tmp_path / "merged",
+                   "--text", files.text, *more)  # fmt: skip
+
+    exact = merge("qa", "--dry-run")
+    assert exact.code == 0, exact.err
+    for said in ("exact up to rounding for 4-bit affine", "error of the logits", "6 before, 7 after"):
+        assert said in exact.out
+    lost = {kind: re.search(rf"with {kind} offsets\W+([\d.]+)% of the update would be lost", exact.out) for kind in
+            ("float16", "bfloat16", "integer")}  # fmt: skip
+    assert float(lost["float16"][1]) < float(lost["bfloat16"][1]) < float(lost["integer"][1])
+    refused = merge("xs")
+    assert refused.code == 1
+    for said in (
+        "cannot take this adapter exactly",
+        "--dtype bfloat16",
+        "--allow-inexact",
+        "Nothing was written",
+    ):
+        assert said in refused.err
+    assert not (tmp_path / "merged").exists()
+    forced = merge("xs", "--allow-inexact")
+    assert forced.code == 0, forced.err
+    assert "INEXACT for low-bit, quantized again" in forced.out
+    assert float(re.search(r"lost by merging\W+([\d.]+)% of that", forced.out)[1]) > 1
+    assert "would be lost" not in forced.out
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.quantization_config.bits == 4
 
 
 def test_a_lora_folder_of_peft_is_merged_too(files, tmp_path, capsys):

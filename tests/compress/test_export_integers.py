@@ -136,6 +136,17 @@ def test_other_grids_are_refused_and_measured(name, tmp_path):
     assert result.max_update_error == pytest.approx(result.max_weight_error / 0.02)
     # an update of 2 % on its own block is mostly lost
     assert result.max_weight_error > 0.012
+    by_hand = export_model(model, cases.tokenizer(), tmp_path / "gptq", "gptq", allow_inexact=True)
+    stored = load_file(tmp_path / "gptq" / "model.safetensors")
+    config = json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]
+    less = int(config["checkpoint_format"] == "gptq")
+    for layer, module in cases.low_bit(model).items():
+        wanted = module.dequantized()
+        found = gptq_weight(stored, layer, INEXACT[name].bits, less)
+        errors[layer] = float((found - wanted).norm() / wanted.norm())
+    assert not by_hand.exact
+    assert by_hand.max_weight_error == pytest.approx(max(errors.values()), rel=1e-4)
+    assert by_hand.mean_weight_error == pytest.approx(np.mean(list(errors.values())), rel=1e-4)
 
 
 def test_layers_that_differ_have_no_form(tmp_path):

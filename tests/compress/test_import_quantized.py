@@ -6,16 +6,20 @@ import json
 import os
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests import models_for_tests as models
+from tests.cli.adapter_files import tokenizer
+from tests.compress.folder_cases import Stop, stop_at
 from tests.quant import published
 from transformers import AutoModelForCausalLM
 
-from modicum import AffineConfig
+from modicum import AffineConfig, QALoraConfig
 from modicum.compress.export import export_model
 from modicum.compress.import_quantized import import_quantized, quantization_of
+from modicum.compress.merge import merge_to_folder
 from modicum.errors import ConfigError, CorruptAdapterError
 from modicum.models.loading import load_base, load_tokenizer
 from modicum.quant.affine import AffineLinear
@@ -85,6 +89,28 @@ def test_what_is_imported_can_be_saved_and_loaded_again(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     for name, weight in written.items():
         assert torch.equal(again.get_submodule(name).dequantized(), weight)
+
+
+@pytest.mark.parametrize("kind", ["gptq 3 bits, second format", "gptq symmetric", "compressed-tensors"])
+def test_an_adapter_merges_into_an_imported_base_exactly(tmp_path, kind):
+    WRITERS[kind](tmp_path / "theirs", published.llama())
+    tokenizer().save_pretrained(tmp_path / "theirs")
+    import_quantized(tmp_path / "theirs", tmp_path / "ours")
+    config = QALoraConfig(r=4, pool=32, init_weights=False, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(load_base(str(tmp_path / "ours"), dtype="float32"), config).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    texts = ["w1 w2 w3 w4 w5", "w3 w9 w2 w7"]
+    done = merge_to_folder(str(tmp_path / "ours"), tmp_path / "adapter", tmp_path / "merged", texts=texts)
+    assert done.exact
+    assert done.report.effect > 0.01
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "merged"))
+    frozen = [key for key in before if key.endswith((".codes", ".scales"))]
+    assert len(frozen) == 2 * 14
+    assert all(torch.equal(before[key], after[key]) for key in frozen)
+    merged, ids = load_base(str(tmp_path / "merged"), dtype="float32"), models.tokens()
+    with torch.no_grad():
+        found, wanted = merged(ids).logits, adapted(ids).logits
+    assert (found - wanted).norm() < 1e-5 * wanted.norm()
 
 
 def test_what_was_exported_comes_back(tmp_path):
@@ -186,6 +212,14 @@ def test_damaged_and_foreign_tensors_are_refused(tmp_path):
     with pytest.raises(CorruptAdapterError):
         import_quantized(theirs, ours)
     assert not list(tmp_path.glob("ours*"))
+
+
+@pytest.mark.parametrize("layer", [3, 14])
+def test_an_import_that_is_cut_leaves_nothing(tmp_path, layer):
+    published.awq(tmp_path / "theirs", published.llama())
+    with pytest.raises(Stop):
+        import_quantized(tmp_path / "theirs", tmp_path / "ours", progress=stop_at(layer))
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
 
 def test_an_existing_output_is_kept_unless_overwritten(tmp_path):

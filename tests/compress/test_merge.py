@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tests.cli.adapter_files import tokenizer
 from tests.models_for_tests import SMALL, llama, tokens
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from modicum import AffineConfig
 from modicum.adapters import registry
@@ -106,6 +106,40 @@ def test_exact_methods_stay_quantized_bit_for_bit(base, tmp_path, method, option
     ) or any(key.endswith("block_offsets") for key in after)
 
 
+@pytest.mark.parametrize(
+    ("method", "values"), [("qa_lora", {"pool": 16}), ("qa_hira", {"pool": 8, "repeat": 2})]
+)
+@pytest.mark.parametrize(
+    "grid",
+    [
+        {"bits": 8},
+        {"bits": 3, "offset_dtype": "float32"},
+        {"bits": 2, "scale_dtype": "float16"},
+        {"zero_point": "integer"},
+        {"zero_point": "none"},
+        {"block": (2, 8)},
+        {"bits": 3, "block": (4, 8), "zero_point": "integer"},
+    ],
+    ids=str,
+)
+def test_a_merged_folder_is_the_unmerged_model_on_every_grid(tmp_path, grid, method, values):
+    base = quantized_folder(tmp_path / "base", **grid)
+    path, wanted = adapter(base, tmp_path / "adapter", method, **values)
+    done = merge_to_folder(str(base), path, tmp_path / "merged", texts=TEXTS)
+    assert done.exact
+    assert done.report.logit_error < 1e-5
+    assert done.report.effect > 0.01
+    merged = load(tmp_path / "merged")
+    with torch.no_grad():
+        assert off(merged(tokens()).logits, wanted) < 1e-5
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "merged"))
+    frozen = [key for key in before if not key.endswith("offsets")]
+    assert all(torch.equal(before[key], after[key]) for key in frozen)
+    found = [layer for layer in merged.modules() if isinstance(layer, AffineLinear)]
+    assert {layer.spec.bits for layer in found} == {grid.get("bits", 4)}
+    assert len(found) == 14
+
+
 @pytest.mark.parametrize("method", ["lora", "lora_xs"])
 def test_other_methods_are_refused_or_go_where_they_fit(base, tmp_path, method):
     path, wanted = adapter(base, tmp_path / "adapter", method)
@@ -138,6 +172,19 @@ def test_error_feedback_beats_rounding_on_the_inputs_it_saw(base, tmp_path):
     assert dense.exact
     wanted = measured(load(tmp_path / "dense"))
     assert off(measured(load(tmp_path / "forced")), wanted) < off(measured(rounded), wanted)
+
+
+def test_a_merge_that_fails_while_writing_leaves_nothing(base, tmp_path, monkeypatch):
+    path, _ = adapter(base, tmp_path / "adapter", "qa_hira")
+
+    def full(*_: object, **__: object):
+        raise OSError("no space left")
+
+    # the model is written already, the tokenizer comes last
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+    with pytest.raises(OSError, match="no space"):
+        merge_to_folder(str(base), path, tmp_path / "merged", texts=TEXTS)
+    assert [left.name for left in tmp_path.iterdir()] == ["adapter"]
 
 
 @pytest.mark.parametrize("residuals", [True, False])

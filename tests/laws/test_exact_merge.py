@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,25 +15,35 @@ from torch import nn
 from modicum.adapters import registry
 from modicum.errors import InexactMergeError
 from modicum.quant.huggingface import quantized_linear
-from modicum.quant.spec import AffineSpec
+from modicum.quant.spec import DTYPES, AffineSpec
 
 ON_GRID = [name for name in registry.names() if registry.get(name).on_grid]
 EXACT = [name for name in registry.names() if "pool" in registry.config_class(name).__dataclass_fields__]
-BLOCKS = [(1, 8), (1, 16), (1, 32), (1, 64), (4, 4), (8, 4), (2, 32)]
+BLOCKS = [(1, 8), (1, 16), (1, 32), (1, 64), (1, 128), (4, 4), (8, 4), (2, 32)]
 law = settings(max_examples=40, deadline=None, derandomize=True)
 
+
+def widened(base):
+    """`base` with as many columns as its blocks divide."""
+    columns = base["block"][1]
+    return {**base, "columns": -(-base["columns"] // columns) * columns}
+
+
+DTYPE = st.sampled_from(["bfloat16", "float16", "float32"])
 bases = st.fixed_dictionaries(
     {
         "bits": st.sampled_from([2, 3, 4, 8]),
         "block": st.sampled_from(BLOCKS),
         "zero_point": st.sampled_from(["float", "integer", "none"]),
+        "scale_dtype": DTYPE,
+        "offset_dtype": DTYPE,
         "rows": st.integers(1, 3).map(lambda n: 64 * n),
         "columns": st.integers(1, 3).map(lambda n: 64 * n),
         "bias": st.booleans(),
         "seed": st.integers(0, 5),
     }
-)
-adapter_blocks = st.tuples(st.sampled_from([1, 2, 4, 8, 16]), st.sampled_from([1, 2, 4, 8, 16, 32, 64]))
+).map(widened)
+adapter_blocks = st.tuples(st.sampled_from([1, 2, 4, 8, 16]), st.sampled_from([1, 2, 4, 8, 16, 32, 64, 128]))
 
 
 def quantized(base) -> OneLayer:
@@ -39,7 +51,8 @@ def quantized(base) -> OneLayer:
     linear = nn.Linear(base["columns"], base["rows"], bias=base["bias"])
     if base.get("sparse"):
         linear.weight.data *= torch.rand_like(linear.weight) > 0.5
-    offsets = "float32" if base["zero_point"] == "integer" else "bfloat16"
+    # s · z has more digits than 16 bits hold
+    offsets = "float32" if base["zero_point"] == "integer" else base.get("offset_dtype", "bfloat16")
     spec = AffineSpec(
         base["bits"],
         base["block"],
@@ -51,9 +64,14 @@ def quantized(base) -> OneLayer:
     return OneLayer(quantized_linear(linear.requires_grad_(False), spec))
 
 
-def adapted(method, base, block, **options):
+def block_options(method, base, block):
+    """The options of an adapter whose pool divides the columns: of one that does not, the part that does."""
     repeat, pool = block
-    values = {"pool": pool, **({"repeat": repeat} if method != "qa_lora" else {})}
+    return {"pool": math.gcd(pool, base["columns"])} | ({"repeat": repeat} if method != "qa_lora" else {})
+
+
+def adapted(method, base, block, **options):
+    values = block_options(method, base, block)
     config = registry.config_class(method)(
         r=3, alpha=6, target_modules=["layer"], init_weights=False, **values, **options
     )
@@ -102,7 +120,7 @@ def test_in_bfloat16_too_few_rows_or_many(method, base, block, rows):
         wanted = model(exact.float())
         merged = model.bfloat16().merge_and_unload()
         got = merged(exact).float()
-    assert merged.layer.grid().scales.dtype == torch.bfloat16
+    assert merged.layer.grid().scales.dtype == DTYPES[base["scale_dtype"]]
     error = (got - wanted).norm() / wanted.norm()
     assert error < 2**-7
     # the error is no part of the update: projected on it, next to nothing is lost
@@ -118,8 +136,7 @@ def test_in_bfloat16_too_few_rows_or_many(method, base, block, rows):
 @given(base=bases, block=adapter_blocks, other=adapter_blocks)
 def test_two_adapters_merge_and_unmerge_bit_for_bit(method, base, block, other):
     model = adapted(method, base, block)
-    repeat, pool = other
-    values = {"pool": pool, **({"repeat": repeat} if method != "qa_lora" else {})}
+    values = block_options(method, base, other)
     model.add_adapter(
         "two",
         registry.config_class(method)(r=2, target_modules=["layer"], init_weights=False, seed=1, **values),
@@ -143,7 +160,7 @@ on_zero = st.fixed_dictionaries(
         "bits": st.sampled_from([2, 3, 4, 8]),
         "block": st.sampled_from(BLOCKS),
         "zero_point": st.sampled_from(["integer", "none"]),
-        "scale_dtype": st.sampled_from(["bfloat16", "float16", "float32"]),
+        "scale_dtype": DTYPE,
         "rows": st.integers(1, 3).map(lambda n: 64 * n),
         "columns": st.integers(1, 3).map(lambda n: 64 * n),
         "bias": st.booleans(),
@@ -151,7 +168,7 @@ on_zero = st.fixed_dictionaries(
         "residuals": st.booleans(),
         "sparse": st.just(True),
     }
-)
+).map(widened)
 
 
 @pytest.mark.parametrize("method", ON_GRID)
