@@ -17,10 +17,10 @@ def keep_freed_memory() -> bool:
     """Whether freed blocks now stay with this process for reuse; False without glibc, where nothing is changed.
 
     glibc maps every block above 32 MiB anew and gives it back when it is freed. A layer that dequantizes its
-    weight on each pass then pays for fresh, zeroed pages each time, which halves the speed of training on
-    bitsandbytes 4-bit layers. With both thresholds raised, the memory of one weight is used again by the next.
-    The price: the process keeps its peak memory until it ends. The setting holds for the whole process; a
-    threshold set in the environment (MALLOC_MMAP_THRESHOLD_, GLIBC_TUNABLES) is replaced.
+    weight on each pass then pays for fresh, zeroed pages each time. With both thresholds raised, the memory
+    of one weight is used again by the next. The price: the process keeps its peak memory until it ends. The
+    setting holds for the whole process; a threshold set in the environment (MALLOC_MMAP_THRESHOLD_,
+    GLIBC_TUNABLES) is replaced.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -2,9 +2,8 @@
 
 Few rows of bfloat16 go to PyTorch's int4 kernel where there is one (`int4pack`). Otherwise the weight is dequantized,
 on a processor a panel of rows at a time, into a buffer that is used again for every panel of every layer: the product
-reads it from a cache, memory stays codes and scales, and no layer's worth of pages is mapped and freed on each call
-(which alone halves the speed of training). `native` dequantizes on processors, compiled torch code elsewhere, and
-where there is no compiler torch as it is.
+reads it from a cache, memory stays codes and scales, and no layer's worth of pages is mapped and freed on each call.
+`native` dequantizes on processors, compiled torch code elsewhere, and where there is no compiler torch as it is.
 """
 
 from __future__ import annotations
