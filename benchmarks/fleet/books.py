@@ -118,7 +118,8 @@ def table(values: dict[str, Any]) -> dict[str, Any]:
         ],
         ["adapters that are better on test rows", f"{kept['better']:.1%}"],
         ["minutes of training", f"{timing['seconds'] / 60:.1f}"],
-        ["adapters per hour", f"{timing['adapters_per_hour']:,.0f}"],
+        ["users trained per hour", f"{timing['adapters_per_hour']:,.0f}"],
+        ["adapters stored per hour", f"{3600 * users['stored'] / timing['seconds']:,.0f}"],
         [
             "seconds to evaluate all of them out of the store",
             f"{values['seconds']['evaluation_out_of_the_store']:.0f}",

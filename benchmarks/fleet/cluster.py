@@ -6,8 +6,7 @@ fails at random moments; what it was at is trained again by another one. Killed 
 twice, and the store keeps it once. A lost shard comes back as of its last backup; cohorts that are newer are trained
 again, and puts wait meanwhile.
 
-The standard library's heap is the calendar: a run for 10⁸ users is a million events, which take seconds; a
-simulation library would make a coroutine of each machine and take minutes for the same.
+The standard library's heap is the calendar: a run for 10⁸ users is a million events.
 """
 
 from __future__ import annotations

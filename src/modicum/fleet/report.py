@@ -174,7 +174,7 @@ def tables(report: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[st
     rate = timing["adapters_per_hour"]
     rows = [
         ["seconds of training", f"{timing['seconds']:,.0f}"],
-        ["adapters per hour", f"{rate:,.0f}" if rate else "–"],
+        ["adapters trained per hour", f"{rate:,.0f}" if rate else "–"],
         ["steps of single users", f"{timing['steps']:,}"],
         ["cohorts", str(timing["cohorts"])],
         ["training rows", f"{report['rows']['train']:,}"],
