@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tests.docs.pages import ROOT
 from tests.small_checkpoints import recipe_values
 
 from modicum.train.recipe import make_recipe
@@ -131,3 +133,35 @@ def test_two_processes_equal_one(tmp_path):
                     for v in (value, together["metrics"][split][name])
                 ]
                 assert pair[0] == pytest.approx(pair[1], rel=1e-5), name
+
+
+@pytest.mark.slow
+def test_accelerate_launches_two_processes_that_equal_one(tmp_path):
+    """The command of the page, with what says that there are two processes and no GPUs."""
+    text = (ROOT / "docs" / "do" / "fleet.md").read_text(encoding="utf-8")
+    (page,) = re.findall(r"`accelerate (launch) -m modicum tune`", text)
+    values = recipe_values(tmp_path, batch_size=8, max_steps=4)
+    values["method"] = {"name": "lora_xs", "r": 2}
+    one = tune(make_recipe({**values, "output": str(tmp_path / "one")}))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({**values, "output": str(tmp_path / "two")}))
+    command = [sys.executable, "-m", f"accelerate.commands.{page}", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += [
+        "--main_process_port",
+        str(free_port()),
+        "-m",
+        "modicum",
+        "tune",
+        "--json",
+        "--config",
+        str(file),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (result,) = [json.loads(line) for line in done.stdout.splitlines() if '"recipe_digest"' in line]
+    assert result["processes"] == 2
+    expected = load_file(one.adapter / "adapter_model.safetensors")
+    found = load_file(tmp_path / "two" / "adapter" / "adapter_model.safetensors")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
