@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 import copy
 import dataclasses
+import json
+import shutil
 import threading
 
 import pytest
 import torch
 from peft import get_peft_model
+from tests import small_checkpoints
+from tests.cli.adapter_files import tokenizer, trained
+from tests.models.test_families import decoder
 from tests.serve.engine.offline import (
     SMALL,
     Offline,
@@ -27,10 +32,20 @@ from tests.serve.engine.offline import (
 )
 
 from modicum import LoraXSConfig
+from modicum.adapters.elastic import SubNetwork
+from modicum.compress.extract import extract
+from modicum.compress.quantize import quantize_model
+from modicum.compress.quantize_report import QuantizeOptions
+from modicum.compress.sparsify import sparsify_model
+from modicum.compress.sparsify_report import SparsifyOptions
 from modicum.errors import ConfigError
+from modicum.methods.elastic_lora import ElasticLoraConfig
+from modicum.models.families import widths
+from modicum.models.loading import load_base
 from modicum.serve.engine.embedded import EmbeddedEngine, open_engine
 from modicum.serve.engine.interface import AdapterUnavailableError, Observer, OverloadedError
 from modicum.serve.settings import EngineSettings
+from modicum.store import Store
 from modicum.store.files import install, to_record
 from modicum.store.state import config_from, state_from
 
@@ -369,6 +384,116 @@ def test_a_quantized_base_model_serves_adapters():
         if record is not None:
             model = install(model, config_from(record), state_from(record))
         assert answer == greedy(model, one.prompt, 8)
+
+
+def sparse(folder):
+    options = SparsifyOptions(algorithm="magnitude", evaluate=False)
+    sparsify_model(str(small_checkpoints.llama()), folder, options)
+
+
+def quantized(folder):
+    options = QuantizeOptions(bits=4, group_size=16, algorithm="rtn", evaluate=False)
+    quantize_model(str(small_checkpoints.llama()), folder, options)
+
+
+def extracted(kind, **units):
+    """A function that writes a sub-network of a model of that kind with so many units of `mlp` and `heads` by layer."""
+
+    def write(folder):
+        # GPT-2 has no groups of heads, and the small one's configuration speaks of two
+        model = decoder(kind, **({"num_key_value_heads": 4} if kind == "gpt2" else {}))
+        left = {w.name: units[w.kind][w.block] for w in widths(model) if w.kind in units}
+        whole = trained(model, ElasticLoraConfig(r=4, alpha=6.0), 0.1)
+        extract(whole, folder, tokenizer=tokenizer(), sub_network=SubNetwork(widths=left), texts=["w1 w5 w9"])
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        sparse,
+        quantized,
+        extracted("llama", mlp=(16, 40)),
+        extracted("llama", heads=(1, 2)),
+        extracted("qwen3", heads=(1, 1), mlp=(24, 24)),
+        extracted("gpt2", heads=(3, 2)),
+        # windows and soft caps, which torch computes
+        extracted("gemma2", heads=(2, 1)),
+    ],
+    ids=["sparse", "4 bits", "channels", "heads", "stock", "gpt2", "gemma2"],
+)
+def test_a_folder_that_modicum_made_smaller_is_served(write, tmp_path):
+    write(tmp_path / "model")
+    settings = EngineSettings(
+        str(tmp_path / "model"), dtype="float32", max_batch=8, max_batch_tokens=24, cache_tokens=1024, slots=4,
+        max_rank=16,
+    )  # fmt: skip
+    alone = {None: load_base(settings.model, dtype="float32")}
+    with Store(tmp_path / "store", create=True) as store:
+        for name, size in (("ada", 0.3), ("bob", 0.9)):
+            model = trained(load_base(settings.model, dtype="float32"), LoraXSConfig(r=4, alpha=8.0), size)
+            alone[str(store.put(name, to_record(model, dtype="float32")[0]))] = model
+        asked = [request(prompt(i, 4 + 13 * i), version, logprobs=0) for i in range(3) for version in alone]
+
+        async def main():
+            engine, _ = open_engine(settings, store)
+            engine.start()
+            try:
+                return await asyncio.gather(*(steps(engine, one) for one in asked))
+            finally:
+                await engine.close()
+
+        found = asyncio.run(main())
+    assert len({tuple(step.token for step in answer) for answer in found}) >= len(alone)
+    for one, answer in zip(asked, found, strict=True):
+        model, chosen = alone[one.version], [step.token for step in answer]
+        assert chosen == greedy(model, one.prompt, 8), one.version
+        # small models like to say the same again and again
+        with torch.no_grad():
+            logs = (
+                model(torch.tensor([[*one.prompt, *chosen]]))
+                .logits[0, len(one.prompt) - 1 : -1]
+                .log_softmax(-1)
+            )
+        wanted = logs[torch.arange(8), chosen]
+        torch.testing.assert_close(torch.tensor([step.logprob for step in answer]), wanted, atol=1e-3, rtol=0)
+
+
+def test_code_in_a_model_folder_is_not_run(tmp_path):
+    """Where the model is of a kind that Transformers knows, without it; otherwise not at all."""
+    ran = tmp_path / "ran"
+    code = f"open({str(ran)!r}, 'a').close()\nfrom transformers import *\n"
+    classes = {
+        "AutoConfig": "modeling_x.LlamaConfig",
+        "AutoModelForCausalLM": "modeling_x.LlamaForCausalLM",
+        "AutoTokenizer": ["modeling_x.LlamaTokenizer", "modeling_x.LlamaTokenizer"],
+    }
+    for kind in ("llama", "nobodys"):
+        folder = tmp_path / kind
+        shutil.copytree(small_checkpoints.llama(), folder)
+        (folder / "modeling_x.py").write_text(code)
+        for name in ("config.json", "tokenizer_config.json"):
+            file = folder / name
+            file.write_text(json.dumps({**json.loads(file.read_text()), "auto_map": classes}))
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+    settings = EngineSettings(str(tmp_path / "llama"), dtype="float32", cache_tokens=1024)
+
+    async def main():
+        engine, _ = open_engine(settings, None)
+        engine.start()
+        try:
+            return await tokens(engine, request((9, 10)))
+        finally:
+            await engine.close()
+
+    assert asyncio.run(main()) == greedy(
+        load_base(str(small_checkpoints.llama()), dtype="float32"), (9, 10), 8
+    )
+    with pytest.raises(ConfigError, match=r"nobodys"):
+        open_engine(dataclasses.replace(settings, model=str(tmp_path / "nobodys")), None)
+    assert not ran.exists()
 
 
 def test_what_it_did_is_counted_and_observed():

@@ -72,9 +72,10 @@ def attention(
     """Outputs (1, tokens, heads, size) of the tokens of all requests, one after the other.
 
     `query` (1, heads, tokens, size), `key` and `value` (1, groups, tokens, size) are of the new tokens; `kwargs` are
-    Transformers' `PagedAttentionArgs`. New keys and values are written to the cache.
+    Transformers' `PagedAttentionArgs`. New keys and values are written to the cache, which has room for as many groups
+    in every layer: where a layer has fewer, as in an extracted model, the rest of its room is left empty.
     """
-    cache, layer = kwargs["cache"], int(getattr(module, "layer_idx", 0))
+    groups, cache, layer = key.shape[1], kwargs["cache"], int(getattr(module, "layer_idx", 0))
     allocator = cache.layer_to_allocator[layer]
     plan = _plan(kwargs, allocator.index)
     rule = Rule(
@@ -84,8 +85,11 @@ def attention(
         kwargs.get("s_aux"),
     )
     out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
+    if (missing := allocator.cache_tensor.shape[-2] - groups) > 0:
+        key, value = (F.pad(part, (0, 0, 0, 0, 0, missing)) for part in (key, value))
     if len(plan.few) and rule.plain and paged.takes(query, allocator.cache_tensor):
-        keys, values = _written(allocator, layer, plan, kwargs, key[0], value[0])
+        written = _written(allocator, layer, plan, kwargs, key[0], value[0])
+        keys, values = (part[:, :groups] for part in written)
         rows = plan.rows if len(plan.rows) else torch.arange(query.shape[2])
         paged.attend(query[0], keys, values, out, rows.numpy(), plan.few, rule.scale)
         for request in plan.many:
@@ -94,7 +98,7 @@ def attention(
             own = [part.index_select(0, places).transpose(0, 1) for part in (keys, values)]
             out[mine] = dense(query[0, :, mine], own[0], own[1], rule)
         return out[None], None
-    key, value = cache.update(key, value, layer, dict(kwargs))
+    key, value = (part[:, :groups] for part in cache.update(key, value, layer, dict(kwargs)))
     one_by_one = range(len(plan.queries) - 1)
     if len(plan.single) > 1 and rule.direct:
         _together(plan, query[0], key[0], value[0], out, rule)

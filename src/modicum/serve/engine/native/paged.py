@@ -58,9 +58,9 @@ def attend(
 ) -> None:
     """Writes the attention of some tokens into `out` (tokens, heads, size).
 
-    `query` (heads, tokens, size), any strides but the last; `keys` and `values` (any number, groups, size), contiguous
-    and perhaps a part of one cache. Token `queries[i, 0]` looks at the keys `rows[j]`, j from `queries[i, 1]` on,
-    `queries[i, 2]` of them; both int64.
+    `query` (heads, tokens, size), any strides but the last; `keys` and `values` (any number, groups, size), the first
+    groups of the rows of one cache or of two alike. Token `queries[i, 0]` looks at the keys `rows[j]`, j from
+    `queries[i, 1]` on, `queries[i, 2]` of them; both int64.
     """
     library = _library()
     assert library is not None
@@ -71,7 +71,7 @@ def attend(
             rows.ctypes.data,
             queries.ctypes.data,
             *(len(queries), queries[:, 2].max(), heads, groups, size),
-            *(query.stride(1), query.stride(0), groups * size),
+            *(query.stride(1), query.stride(0), keys.stride(0)),
             *(KINDS[query.dtype], torch.get_num_threads(), queries[:, 2].sum()),
             np.float64(scale).view(np.int64),
         ],
