@@ -201,6 +201,55 @@ def test_a_store_that_is_locked_or_gone(start, store, offline):
         _until(lambda: httpx.get(f"{served.url}/ready").status_code == 200, "the store is back, and not seen")
 
 
+def test_a_change_that_a_locked_store_does_not_take_is_told_and_not_made(start, store, offline, monkeypatch):
+    monkeypatch.setitem(Store.__init__.__kwdefaults__, "timeout", 0.3)
+    with Store(store) as opened:
+        opened.put("ada", adapter(5))
+        opened.promote("ada@1")
+    served = start()
+    old, new = (offline.text(adapter(seed), PROMPT, 6, ignore_eos=True) for seed in (0, 5))
+    promote = f"{served.url}/admin/adapters/ada/promote"
+    with served.client() as client, Store(store) as opened:
+        with contextlib.closing(sqlite3.connect(store / "index.sqlite")) as other:
+            other.execute("BEGIN IMMEDIATE")
+            refused = httpx.post(promote, json={"version": 2}, timeout=60)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "store_unavailable")
+            assert _text(client, "ada") == old
+        assert opened.show("ada@production").version == 1
+        assert _text(client, "ada") == old
+        assert httpx.post(promote, json={"version": 2}, timeout=60).status_code == 200
+        assert opened.show("ada@production").version == 2
+        assert _text(client, "ada") == new
+
+
+def test_a_cold_adapter_that_several_want_is_loaded_once(start, offline):
+    served = start()
+    engine, reads = served.service.engine, []
+    read = engine._slots._read
+
+    def slow(version):
+        reads.append(version)
+        _until(lambda: engine.stats().waiting == 4, "they wait for each other")
+        return read(version)
+
+    engine._slots._read = slow
+
+    async def ask_all():
+        async with served.aclient() as client:
+            asked = [
+                client.completions.create(
+                    model="ada", prompt=PROMPT, max_tokens=6, temperature=0, extra_body={"ignore_eos": True}
+                )
+                for _ in range(4)
+            ]
+            return [answer.choices[0].text for answer in await asyncio.gather(*asked)]
+
+    assert asyncio.run(ask_all()) == [offline.text(adapter(0), PROMPT, 6, ignore_eos=True)] * 4
+    assert reads == ["ada@1"]
+    assert served.service.metrics.totals.load.count == 1
+    assert engine.stats().pool.used == 1
+
+
 def test_a_request_that_takes_too_long(start):
     served = start(request_timeout=1.0)
     with served.client() as client:

@@ -137,6 +137,24 @@ def test_a_step_that_fails_ends_what_ran_and_the_engine_goes_on(error):
     asyncio.run(main())
 
 
+def test_who_waits_while_the_engine_begins_anew_is_answered_by_the_next_thread():
+    async def main():
+        model = copy.deepcopy(base("small"))
+        with _failing(model, 66, RuntimeError("a broken layer")):
+            async with serving(mixed(), model=model, max_batch=1) as engine:
+                asked = [request((9, 66), count=4), *(request((9, 10 + i), count=4) for i in range(6))]
+                found = await asyncio.gather(*(tokens(engine, one) for one in asked), return_exceptions=True)
+                await settled(engine)
+        assert isinstance(found[0], GenerationError)
+        # one more may have had a place; all others waited for one
+        assert sum(isinstance(one, Exception) for one in found) <= 2
+        for one, answer in zip(asked, found, strict=True):
+            if not isinstance(answer, Exception):
+                assert answer == Offline("small").greedy(None, one.prompt, 4)
+
+    asyncio.run(main())
+
+
 def test_an_engine_that_only_fails_is_given_up():
     async def main():
         model = copy.deepcopy(base("small"))

@@ -70,7 +70,7 @@ def open_engine(
     from modicum.models.loading import load_base, load_tokenizer
 
     tokenizer = load_tokenizer(settings.model)
-    model = load_base(settings.model, dtype=known_dtype(settings.dtype), attn_implementation="sdpa")
+    model = load_base(settings.model, dtype=known_dtype(settings.dtype))
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -236,7 +236,7 @@ class EmbeddedEngine(Engine):
                 if request.version is not None:
                     row.lease = await self._lease(row, request.version)
                 async with places:
-                    self._join(row)
+                    await self._join(row)
                     while True:
                         what = await row.arrived.get()
                         if isinstance(what, Exception):
@@ -251,12 +251,20 @@ class EmbeddedEngine(Engine):
             # one that finished is forgotten when its pages are
             self._table.end(row, forget=not row.over)
 
-    def _join(self, row: Running) -> None:
-        # before it is so: whoever ends the thread looks for it
-        row.joined = True
-        batching = self._batching
-        if batching is None or row.over or not batching.add(row):
-            raise self._stopped()
+    async def _join(self, row: Running) -> None:
+        """Returns when the generation thread has it; where that has died, the one that comes next."""
+        while not row.over:
+            batching = self._batching
+            if batching is not None and batching.alive:
+                # before it is so: whoever ends the thread looks for it
+                row.joined = True
+                if batching.add(row):
+                    return
+                row.joined = False
+            elif self._dead or self._closing.is_set():
+                break
+            await asyncio.sleep(_RETRY)
+        raise self._stopped()
 
     def _stopped(self) -> GenerationError:
         return GenerationError("the engine was stopped" if self._closing.is_set() else "the engine failed")
@@ -319,13 +327,11 @@ class EmbeddedEngine(Engine):
     async def unpin(self, version: str) -> None:
         """Returns when the version may leave memory again."""
         if self._slots is not None:
-            await asyncio.get_running_loop().run_in_executor(self._loaders, self._slots.unpin, version)
+            self._slots.unpin(version)
 
     async def unload(self, version: str) -> bool:
         """Whether it was in memory and is no longer; what is running under it finishes first."""
-        if self._slots is None:
-            return False
-        return await asyncio.get_running_loop().run_in_executor(self._loaders, self._slots.unload, version)
+        return self._slots is not None and self._slots.unload(version)
 
     def residents(self) -> list[Resident]:
         """All adapters in memory, the last used first."""

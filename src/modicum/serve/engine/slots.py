@@ -59,6 +59,9 @@ class _Held:
     pinned: bool = False
     #: no new leases; the slot is freed with the last one
     retired: bool = False
+    #: its record was read; before, there is nothing to unload, and who wants it gone has it read again
+    read: bool = False
+    again: bool = False
     family: Family | None = None
     row: Row | None = None
     error: BaseException | None = None
@@ -171,11 +174,17 @@ class Slots:
                 held.pinned = False
 
     def unload(self, version: str) -> bool:
-        """Whether it was in memory and is no longer, or will not be when the last request under it has ended."""
+        """Whether it was in memory and is no longer, or will not be when the last request under it has ended.
+
+        What is only being read is not in memory yet: it is read again, and will be what the store has by now.
+        """
         with self._lock:
-            held = self._by_version.pop(version, None)
-            if held is None:
+            held = self._by_version.get(version)
+            if held is None or not held.read:
+                if held is not None:
+                    held.again = True
                 return False
+            del self._by_version[version]
             held.retired, held.pinned = True, False
             self._free_retired(held)
             return True
@@ -273,7 +282,7 @@ class Slots:
         began = time.perf_counter()
         family = row = None
         try:
-            record = self._read(held.version)
+            record = self._record(held)
             # what the caller's thread is in must not stick to memory that others write to later
             with torch.inference_mode(mode=False), torch.no_grad():
                 family = self._loader.family(record)
@@ -284,19 +293,31 @@ class Slots:
                 row.values.copy_(numbers)
         except BaseException as error:  # noqa: BLE001 - those who wait for it must learn of it, whatever it is
             held.error = error
+        # who waits for a place has not failed, and tries again
+        failed = held.error is not None and not isinstance(held.error, OverloadedError)
         with self._lock:
             held.row = row
+            self._failures += failed
             if held.error is None:
                 self._generations[held.slot] += 1
                 held.family = family
             else:
-                self._failures += not isinstance(held.error, OverloadedError)
                 if self._by_version.get(held.version) is held:
                     del self._by_version[held.version]
                 if row is not None:
                     self._free(held)
             held.ready.set()
-        self._observer.load(time.perf_counter() - began, failed=held.error is not None)
+        if failed or held.error is None:
+            self._observer.load(time.perf_counter() - began, failed=failed)
+
+    def _record(self, held: _Held) -> Record:
+        """The record of a version as the store has it after the last `unload`."""
+        while True:
+            record = self._read(held.version)
+            with self._lock:
+                held.read, held.again = not held.again, False
+                if held.read:
+                    return record
 
     def _free_retired(self, held: _Held) -> None:
         if held.retired and self._idle(held) and self._slots[held.slot] is held:

@@ -24,6 +24,7 @@ from modicum.serve.vllm.plugin import asked
 if TYPE_CHECKING:
     from modicum.serve.source import Source
     from modicum.store import Store
+    from modicum.store.record import Record
 
 
 @dataclass
@@ -34,8 +35,9 @@ class Entry:
     #: what vLLM is given with each request under it, once it is loaded
     request: Any = None
     loading: asyncio.Task[Any] | None = None
-    #: whether the record was read; before, the entry can be nothing but what the store has now
+    #: its record was read; before, there is nothing to forget, and who wants it gone has it read again
     read: bool = False
+    again: bool = False
     method: str = ""
     rank: int = 0
     bytes: int = 0
@@ -97,10 +99,12 @@ class Registry:
     async def unload(self, version: str) -> bool:
         """Whether vLLM knew the version and forgets it, at once or when the last request under it has ended.
 
-        What is only about to be read is not known, and will be what the store has by then.
+        What is only being read is not known yet: it is read again, and will be what the store has by now.
         """
         entry = self._entries.get(version)
         if entry is None or not entry.read:
+            if entry is not None:
+                entry.again = True
             return False
         entry.pinned, entry.leaving = False, True
         if not entry.leases:
@@ -163,8 +167,7 @@ class Registry:
         failed = True
         try:
             # damage and absence are found here, and the engine's process finds the record in memory
-            record = await asyncio.to_thread(self._store.get, version)
-            entry.read = True
+            record = await self._record(entry)
             entry.method, entry.rank = record.method, int(record.config.get("r", 16))
             entry.bytes = record.layout.size * self._llm.model_config.dtype.itemsize
             entry.request = asked(version, record)
@@ -181,6 +184,14 @@ class Registry:
                 self._failures += 1
                 self._entries.pop(version, None)
                 entry.gone.set()
+
+    async def _record(self, entry: Entry) -> Record:
+        """The record of a version as the store has it after the last `unload`."""
+        while True:
+            record = await asyncio.to_thread(self._store.get, entry.version)
+            entry.read, entry.again = not entry.again, False
+            if entry.read:
+                return record
 
 
 def _resident(entry: Entry) -> Resident:
