@@ -123,8 +123,8 @@ class Loader:
         if isinstance(config, LoraConfig):
             return self._of_peft(record, config)
         raise ConfigError(
-            f"{record.method} is not of low rank, so that requests cannot share a batch with it: merge it with PEFT "
-            "and serve the merged model"
+            f"{record.method} has no factors that are served here: merge it with PEFT and serve the merged model, or "
+            "train a LoRA"
         )
 
     def _of_ours(self, record: Record, config: AdapterConfig) -> Family:
