@@ -95,6 +95,14 @@ def test_a_server_that_answers_otherwise_is_an_error(result, capsys):
     assert "NO" in shown.out
 
 
+def test_a_server_that_answers_all_users_alike_is_an_error(result, capsys):
+    ada, bob = RESULT.served
+    result["result"] = dataclasses.replace(RESULT, served=(ada, dataclasses.replace(bob, answer=ada.answer)))
+    shown = run(capsys, "demo")
+    assert shown.code == 1
+    assert "THE SAME ANSWER" in shown.out
+
+
 def test_without_the_extra_it_is_said(result, capsys):
     result["result"] = dataclasses.replace(RESULT, served=())
     shown = run(capsys, "demo")

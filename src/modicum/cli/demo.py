@@ -106,7 +106,9 @@ def _served(result: "DemoResult") -> list[Any]:
         for one in result.served
     ]
     title = f"Two users ask one server: {' '.join(result.prompt.split())}"
-    return [table(title, ["user", "model", "answer", "as offline"], rows)]
+    alike = len({one.answer for one in result.served}) < len(rows)
+    shown = table(title, ["user", "model", "answer", "as offline"], rows)
+    return [shown, *(["Both get THE SAME ANSWER."] if alike else [])]
 
 
 def _share(measure: dict[str, Any]) -> str:

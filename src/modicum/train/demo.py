@@ -121,8 +121,9 @@ class DemoResult:
 
     @property
     def right(self) -> bool:
-        """Whether everything answers as it should."""
-        return self.same and all(user.as_offline for user in self.served)
+        """Whether everything answers as it should, and every user of the server otherwise."""
+        answers = {user.answer for user in self.served}
+        return self.same and all(user.as_offline for user in self.served) and len(answers) == len(self.served)
 
 
 def demo_recipe(method: str, *, quick: bool = False) -> Recipe:

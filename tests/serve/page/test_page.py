@@ -351,6 +351,11 @@ def test_others_see_only_what_they_used(window, served):
     assert status == 200
     assert set(found) == {"you", "at", "started", "currency", "tenants"}
     assert [one["name"] for one in found["tenants"]] == ["ada"]
+    # what it costs is on the page, in the currency of the prices
+    (used,) = found["tenants"]
+    assert used["cost"] > 0.01
+    amount = "document.querySelector('#tenant-list tbody tr').lastChild.textContent.split(' ')"
+    window.wait(f"Math.abs({amount}[0] - {used['cost']}) < 0.0051 && {amount}[1] === {found['currency']!r}")
     assert served.ask("GET", "/metrics", key=served.ada)[0] == 403
 
 
