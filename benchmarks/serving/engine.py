@@ -1,10 +1,10 @@
 """Steps of the embedded engine: its attention against Transformers' own, and adapters against none, in turn.
 
-A random Llama of 110M parameters (hidden 768, 12 layers). Every variant is an engine of its own whose sequences are
-running; they are paused in turn, so that one computes at a time and a slow moment hits all alike. A step is all of it:
-scheduling, forward pass, sampling, telling. Decoding only, one token of each sequence.
+A random Llama of 110M parameters (hidden 768, 12 layers), or the model inside modicum. Every variant is an engine of
+its own whose sequences are running; they are paused in turn, so that one computes at a time and a slow moment hits all
+alike. A step is all of it: scheduling, forward pass, sampling, telling. Decoding only, one token of each sequence.
 
-    python benchmarks/serving/engine.py [--threads 1] [--rounds 20] [--small] [--only bfloat16]
+    python benchmarks/serving/engine.py [--model embedded] [--threads 1] [--rounds 20] [--small] [--only bfloat16]
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from layers import RANK, linears, llama, lora_xs, tenth
 
+from modicum.models.loading import EMBEDDED, load_base
 from modicum.serve.engine import batching
 from modicum.serve.engine.attention import register
 from modicum.serve.engine.embedded import EmbeddedEngine
@@ -37,7 +38,12 @@ from modicum.serve.settings import EngineSettings
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-RESULT = Path(__file__).parent / "results" / "serving_engine.json"
+RESULTS = Path(__file__).parent / "results"
+#: --model -> what it is, and the tokens that there is memory for
+MODELS = {
+    "random": ("a random Llama of 110M parameters", 16384),
+    EMBEDDED: ("the model inside modicum", 65536),
+}
 #: steps of a turn; the first one of them is not counted
 TURN = 6
 #: comparisons: name -> (batch, tokens of each prompt, variants, the first of which the others are compared with)
@@ -65,12 +71,13 @@ class Clock(Observer):
 class Variant:
     """An engine with running sequences."""
 
-    def __init__(self, name: str, dtype: torch.dtype, small: bool, batch: int) -> None:
-        model = llama(dtype, small)
+    def __init__(self, name: str, batch: int, dtype: torch.dtype, arguments: argparse.Namespace) -> None:
+        own = arguments.model == EMBEDDED
+        model = load_base(EMBEDDED).to(dtype) if own else llama(dtype, arguments.small)
         shapes, self.vocabulary = linears(model), model.config.vocab_size
         settings = EngineSettings(
-            "random", max_batch=64, max_batch_tokens=512, cache_tokens=16384, slots=64, max_rank=RANK,
-            prefix_caching=False,
+            arguments.model, max_batch=64, max_batch_tokens=512, cache_tokens=MODELS[arguments.model][1], slots=64,
+            max_rank=RANK, prefix_caching=False,
         )  # fmt: skip
         self.adapters, self.clock = name == "64 adapters", Clock(batch)
         batching.register = (lambda: "sdpa") if name == "Transformers' sdpa" else register
@@ -124,10 +131,10 @@ class Variant:
         await self.engine.close()
 
 
-async def case(name: str, dtype: torch.dtype, small: bool, rounds: int) -> dict[str, list[float]]:
+async def case(name: str, dtype: torch.dtype, arguments: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of each variant's steps."""
-    batch, context, names = CASES[name]
-    variants = {which: Variant(which, dtype, small, batch) for which in names}
+    (batch, context, names), rounds = CASES[name], arguments.rounds
+    variants = {which: Variant(which, batch, dtype, arguments) for which in names}
     times: dict[str, list[float]] = {which: [] for which in names}
     with ended(variants):
         for variant in variants.values():
@@ -166,7 +173,7 @@ def summary(times: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
-def table(found: dict[str, Any], note: str) -> dict[str, Any]:
+def table(found: dict[str, Any], model: str, note: str) -> dict[str, Any]:
     rows = []
     for dtype, cases in found.items():
         for name, values in cases.items():
@@ -178,7 +185,7 @@ def table(found: dict[str, Any], note: str) -> dict[str, Any]:
                 ]
                 for other, value in others
             ]  # fmt: skip
-    what = "Decoding steps of the embedded engine, random Llama of 110M parameters; speed of the second against the "
+    what = f"Decoding steps of the embedded engine, {model}; speed of the second against the "
     return {
         "columns": ["type", "running", "first", "ms", "second", "ms", "speed"],
         "rows": rows,
@@ -191,6 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", choices=MODELS, default="random")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--small", action="store_true", help="small shapes, nothing written")
@@ -202,22 +210,25 @@ def main() -> None:
         if arguments.only in (None, dtype):
             found[dtype] = {}
             for name in CASES:
-                times = asyncio.run(case(name, getattr(torch, dtype), arguments.small, arguments.rounds))
+                times = asyncio.run(case(name, getattr(torch, dtype), arguments))
                 found[dtype][name] = summary(times)
                 print(dtype, name, json.dumps(found[dtype][name], indent=1), flush=True)
     if arguments.small or arguments.only:
         return
+    options = "" if arguments.model == "random" else f"--model {arguments.model} "
+    options += f"--threads {arguments.threads} --rounds {arguments.rounds}"
     about = {
         "what": "steps of the embedded engine",
-        "command": f"python benchmarks/serving/engine.py --threads {arguments.threads} --rounds {arguments.rounds}",
+        "command": f"python benchmarks/serving/engine.py {options}",
         "versions": {name: version(name) for name in ("modicum", "torch", "transformers")},
         "threads": arguments.threads,
         "native": paged.available(),
     }
     note = f"{arguments.threads} thread{'s' if arguments.threads > 1 else ''}; all variants in turn."
-    values = {**about, **found, "table": table(found, note)}
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    values = {**about, **found, "table": table(found, MODELS[arguments.model][0], note)}
+    RESULTS.mkdir(exist_ok=True)
+    name = "serving_engine" if arguments.model == "random" else f"serving_engine_{arguments.model}"
+    (RESULTS / f"{name}.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 A random Llama of 110M parameters (hidden 768, 12 layers), adapters of rank 16 on all linear layers. Decoding is one
 token of each sequence, prefill 128 tokens of each of 4, which is what the engine takes at a time, and with --prefill
-128 tokens of each of 64 at once. Steps of all variants are taken in turn; a ratio is that of the tenth percentiles, and
-of the medians.
+128 tokens of each of 64 at once. Steps of all variants are taken in turn, in an order that is drawn for each turn,
+as a place in it is worth a percent; a ratio is that of the tenth percentiles, and of the medians.
 
     python benchmarks/serving/layers.py [--threads 1] [--repeats 60] [--small] [--only float32]
     python benchmarks/serving/layers.py --prefill [--repeats 5]      8,192 tokens in one step, about six minutes
@@ -15,6 +15,7 @@ import argparse
 import copy
 import gc
 import json
+import random
 import statistics
 import time
 from importlib.metadata import version
@@ -32,7 +33,7 @@ from modicum.serve.engine.slots import Slots
 from modicum.store.record import Record, build
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
 RESULTS = Path(__file__).parent / "results"
 RANK = 16
@@ -45,10 +46,19 @@ STEPS = {
     "prefill, 512 tokens": (4, 128),
 }
 PREFILL = {"prefill, 64 × 128 tokens": (64, 128)}
+LORA, PEFT = "LoRA, distinct", "PEFT LoRA, distinct"
 #: variants that take several times as long
-SLOW = ("PEFT LoRA, distinct",)
+SLOW = (PEFT,)
+KINDS = (
+    "no adapters",
+    "LoRA-XS, distinct",
+    "LoRA-XS, identical",
+    "LoRA-XS, every other",
+    LORA,
+    PEFT,
+)
 #: what a step of seconds is measured with
-QUICK = ("no adapters", "LoRA-XS, distinct", "LoRA-XS, identical")
+QUICK = KINDS[:3]
 
 
 def llama(dtype: torch.dtype, small: bool) -> LlamaForCausalLM:
@@ -88,10 +98,11 @@ def lora(shapes: dict[str, tuple[int, int]], seed: int) -> Record:
     return build("peft:LORA", factors, config=config)
 
 
-def variants(dtype: torch.dtype, small: bool) -> tuple[LlamaForCausalLM, dict[str, Callable]]:
-    """The served model, and steps `call(ids)` of each kind."""
+def variants(
+    dtype: torch.dtype, small: bool, wanted: Collection[str]
+) -> tuple[LlamaForCausalLM, dict[str, Callable]]:
+    """The served model, and steps `call(ids)` of each of the `wanted` kinds."""
     model = llama(dtype, small)
-    plain = copy.deepcopy(model)
     shapes = linears(model)
 
     def read(name: str) -> Record:
@@ -99,12 +110,9 @@ def variants(dtype: torch.dtype, small: bool) -> tuple[LlamaForCausalLM, dict[st
         return {"xs": lora_xs, "lora": lora}[kind](shapes, int(number))
 
     slots = Slots(model, read, slots=2 * MOST, max_rank=RANK)
+    # before the layers of the served one are replaced
+    peft = of_peft(copy.deepcopy(model), sorted(shapes)) if PEFT in wanted else None
     cores = [slots.acquire(f"xs@{i}") for i in range(1, MOST + 1)]
-    factors = [slots.acquire(f"lora@{i}") for i in range(1, MOST + 1)]
-    wrapped = get_peft_model(plain, LoraConfig(r=RANK, target_modules=sorted(shapes)), adapter_name="a0")
-    for number in range(1, MOST):
-        wrapped.add_adapter(f"a{number}", LoraConfig(r=RANK, target_modules=sorted(shapes)))
-    wrapped.to(dtype).eval()
 
     def served(leases: list) -> Callable:
         def call(ids: torch.Tensor) -> None:
@@ -116,27 +124,44 @@ def variants(dtype: torch.dtype, small: bool) -> tuple[LlamaForCausalLM, dict[st
 
         return call
 
-    def peft(ids: torch.Tensor) -> None:
-        names = [f"a{i}" for i in range(len(ids))]
-        wrapped(input_ids=ids, use_cache=False, logits_to_keep=1, adapter_names=names)
-
     half = [lease if place % 2 else None for place, lease in enumerate(cores)]
-    return model, {
+    calls = {
         "no adapters": served([None] * MOST),
         "LoRA-XS, distinct": served(cores),
         "LoRA-XS, identical": served([cores[0]] * MOST),
         "LoRA-XS, every other": served(half),
-        "LoRA, distinct": served(factors),
-        "PEFT LoRA, distinct": peft,
     }
+    if LORA in wanted:
+        calls[LORA] = served([slots.acquire(f"lora@{i}") for i in range(1, MOST + 1)])
+    if peft is not None:
+        calls[PEFT] = peft
+    return model, {name: calls[name] for name in wanted}
+
+
+def of_peft(model: LlamaForCausalLM, targets: list[str]) -> Callable:
+    """A step in PEFT, with an adapter of its own for every row."""
+    wrapped = get_peft_model(model, LoraConfig(r=RANK, target_modules=targets), adapter_name="a0")
+    for number in range(1, MOST):
+        wrapped.add_adapter(f"a{number}", LoraConfig(r=RANK, target_modules=targets))
+    wrapped.to(model.dtype).eval()
+
+    def call(ids: torch.Tensor) -> None:
+        names = [f"a{i}" for i in range(len(ids))]
+        wrapped(input_ids=ids, use_cache=False, logits_to_keep=1, adapter_names=names)
+
+    return call
 
 
 @torch.inference_mode()
 def measured(calls: dict[str, Callable], ids: torch.Tensor, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each step, all in turn, so that a slow moment hits all alike; slow ones less often."""
+    """Seconds of each step, all in turn, so that a slow moment hits all alike; slow ones less often.
+
+    No variant always runs behind the same other one, whose work it would find in the caches.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
+    order = random.Random(0)
     for turn in range(-2, repeats):
-        for name, call in calls.items():
+        for name, call in order.sample(sorted(calls.items()), len(calls)):
             if name in SLOW and turn % 8:
                 continue
             began = time.perf_counter()
@@ -208,7 +233,7 @@ def main() -> None:
         "threads": arguments.threads,
         "native": native.available(),
     }
-    note = f"{arguments.threads} thread{'s' if arguments.threads > 1 else ''}; all variants in turn."
+    note = f"{arguments.threads} thread{'s' if arguments.threads > 1 else ''}; all variants in turn, in random order."
     values = {**about, **found, "table": table(found, note)}
     RESULTS.mkdir(exist_ok=True)
     result = RESULTS / f"serving_{'prefill' if arguments.prefill else 'layers'}.json"
@@ -217,11 +242,10 @@ def main() -> None:
 
 def measured_as(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """The steps in one number type."""
-    model, calls = variants(getattr(torch, name), arguments.small)
+    wanted = QUICK if arguments.prefill else KINDS
     if arguments.without_peft:
-        calls = {kind: call for kind, call in calls.items() if kind not in SLOW}
-    if arguments.prefill:
-        calls = {kind: calls[kind] for kind in QUICK}
+        wanted = tuple(kind for kind in wanted if kind != PEFT)
+    model, calls = variants(getattr(torch, name), arguments.small, wanted)
     found = {}
     for step, (rows, length) in (PREFILL if arguments.prefill else STEPS).items():
         generator = torch.Generator().manual_seed(0)
