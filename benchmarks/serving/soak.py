@@ -57,11 +57,13 @@ async def soak(url: str, pid: int, given: argparse.Namespace) -> tuple[Outcome, 
     if given.warm:
         await run(plan(url, given, given.warm, 1, fast=True))
     process, memory = psutil.Process(pid), []
+    # the engine has one of its own
+    processes = [process, *process.children()]
 
     async def look() -> None:
         start = time.perf_counter()
         while True:
-            memory.append((time.perf_counter() - start, process.memory_info().rss / 2**20))
+            memory.append((time.perf_counter() - start, sum(p.memory_info().rss for p in processes) / 2**20))
             await asyncio.sleep(1.0)
 
     looking = asyncio.create_task(look())

@@ -131,7 +131,7 @@ def serving(state, store=None, *, engine=None, **settings):
         thread = threading.Thread(target=server.run, args=(up.set,))
         thread.start()
         try:
-            assert up.wait(30), "the server does not start"
+            assert up.wait(120), "the server does not start"
             yield Served(f"http://127.0.0.1:{port}", service, server)
         finally:
             server.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,9 +21,7 @@ def open_engine(
         ConfigError: no such model or tokenizer, or settings that do not fit it.
         MissingExtraError: it needs vLLM or Ray, which is not installed.
     """
-    # vLLM has a process of its own in any case
-    own_process = settings.own_process and settings.kind == "embedded"
-    if settings.replicas == 1 and not own_process:
+    if settings.replicas == 1 and not _apart(settings):
         return open_local(settings, store, observer)
     from modicum.models.loading import load_tokenizer
 
@@ -34,6 +33,21 @@ def open_engine(
     from modicum.serve.ray.engine import RayEngine
 
     return RayEngine(settings, store, observer=observer), tokenizer
+
+
+def _apart(settings: EngineSettings) -> bool:
+    """Whether the engine has a process of its own."""
+    if settings.kind == "vllm":
+        # it has one in any case
+        return False
+    if settings.own_process is not None:
+        return settings.own_process
+    if sys.platform == "win32" or settings.device not in {"auto", "cpu"}:
+        return False
+    import torch
+
+    # what a GPU costs is known in the process that uses it
+    return settings.device == "cpu" or not torch.cuda.is_available()
 
 
 def open_local(

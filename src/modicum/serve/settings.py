@@ -33,8 +33,8 @@ class EngineSettings:
     prefix_caching: bool = True
     #: what generates: Transformers, or vLLM
     kind: Literal["embedded", "vllm"] = "embedded"
-    #: the embedded engine in a process of its own: HTTP and generation do not wait for each other, and take more memory
-    own_process: bool = False
+    #: the embedded engine in a process of its own, where HTTP takes nothing from it; None: for a model on a processor
+    own_process: bool | None = None
     #: engines, on the machines of a Ray cluster if there are several
     replicas: int = 1
 

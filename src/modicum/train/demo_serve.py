@@ -32,7 +32,7 @@ def serve(recipe: Recipe, folder: Path, tokenizer: Any, rows: Encoded) -> dict[s
     models = [f"demo/{CHECKED}", f"demo/{_SECOND}" if second.is_dir() else "base"]
     row = next((at for at, pair in enumerate(zip(*texts, strict=True)) if pair[0] != pair[1]), 0)
     settings = Settings(
-        EngineSettings(recipe.model.name_or_path, dtype=recipe.model.dtype),
+        EngineSettings(recipe.model.name_or_path, dtype=recipe.model.dtype, own_process=False),
         store=str(folder / STORE),
         state=folder / "state",
         port=0,

@@ -17,6 +17,7 @@ import pytest
 from tests.serve.servers import Offline, adapter, rebuilt, template
 
 from modicum.errors import ConfigError, NotStoredError, StoreError
+from modicum.serve import engines
 from modicum.serve.engine.interface import (
     AdapterUnavailableError,
     GenerationError,
@@ -25,7 +26,6 @@ from modicum.serve.engine.interface import (
     Request,
     Sampling,
 )
-from modicum.serve.engines import open_engine
 from modicum.serve.process.engine import ProcessEngine
 from modicum.serve.settings import EngineSettings
 from modicum.serve.source import Source
@@ -67,7 +67,7 @@ class Running:
         )
         self.noted, self.source = Noted(), Source(self.store, 24)
         self.runner = asyncio.Runner()
-        self.engine, self.tokenizer = open_engine(SETTINGS, self.source, self.noted)
+        self.engine, self.tokenizer = engines.open_engine(SETTINGS, self.source, self.noted)
 
     def ids(self, prompt: str = PROMPT) -> tuple[int, ...]:
         return tuple(self.tokenizer(prompt).input_ids)
@@ -124,6 +124,17 @@ def up(tmp_path_factory):
 @pytest.fixture(scope="module")
 def offline():
     return Offline()
+
+
+@pytest.mark.parametrize(
+    ("settings", "apart"),
+    [
+        ({"device": "cpu"}, True), ({"device": "cpu", "own_process": False}, False), ({"device": "cuda"}, False),
+        ({"device": "cuda", "own_process": True}, True), ({"kind": "vllm", "own_process": True}, False),
+    ],
+)  # fmt: skip
+def test_an_engine_on_a_processor_has_a_process_of_its_own(settings, apart):
+    assert engines._apart(EngineSettings("embedded", **settings)) is apart
 
 
 def test_every_adapter_in_the_batch_answers_as_it_does_alone(up, offline):
@@ -371,18 +382,15 @@ class At:
 
 
 _PARENT = """
-import asyncio, sys
+import asyncio
 from modicum.serve.process.engine import ProcessEngine
 from modicum.serve.settings import EngineSettings
 
 async def main():
     engine = ProcessEngine(EngineSettings("embedded"), None)
-    if sys.argv[1] == "open":
-        engine.start()
-    else:
-        asyncio.get_running_loop().run_in_executor(None, engine.start)
-        while engine._spawned is None:
-            await asyncio.sleep(0.01)
+    asyncio.get_running_loop().run_in_executor(None, engine.start)
+    while engine._spawned is None:
+        await asyncio.sleep(0.01)
     print(engine._spawned.pid, flush=True)
     await asyncio.sleep(60)
 
@@ -391,9 +399,8 @@ asyncio.run(main())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["open", "opening"])
-def test_a_process_whose_parent_was_killed_ends(when):
-    with subprocess.Popen([sys.executable, "-c", _PARENT, when], stdout=subprocess.PIPE, text=True) as parent:
+def test_a_process_whose_parent_was_killed_while_it_opened_the_model_ends():
+    with subprocess.Popen([sys.executable, "-c", _PARENT], stdout=subprocess.PIPE, text=True) as parent:
         child = psutil.Process(int(parent.stdout.readline()))
         assert child.is_running()
         parent.kill()

@@ -44,7 +44,12 @@ Kind = Annotated[
     Option("--engine", help="What generates: Transformers, or vLLM."),
 ]
 OwnProcess = Annotated[
-    bool, Option(help="Run the engine in a process of its own: faster with many streams, and more memory.")
+    bool | None,
+    Option(
+        "--own-process/--no-own-process",
+        help="Run the engine in a process of its own, which answers more and takes more memory; without, if the model "
+        "is on a processor.",
+    ),
 ]
 Replicas = Annotated[int, Option(min=1, help="Engines; several run under Ray Serve.")]
 RequestTimeout = Annotated[float, Option(min=0.01, help="Seconds that a request may take.")]

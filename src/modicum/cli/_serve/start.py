@@ -34,7 +34,7 @@ def start(
     max_rank: of.MaxRank = _ENGINE.max_rank,
     prefix_caching: of.PrefixCaching = _ENGINE.prefix_caching,
     kind: of.Kind = _ENGINE.kind,
-    own_process: of.OwnProcess = _ENGINE.own_process,
+    own_process: of.OwnProcess = None,
     replicas: of.Replicas = _ENGINE.replicas,
     request_timeout: of.RequestTimeout = _SERVER.request_timeout,
     grace: of.Grace = _SERVER.grace,
