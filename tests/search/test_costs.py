@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from tests.models_for_tests import bert, gpt2, llama
-from transformers import LlamaConfig
+from transformers import BertConfig, LlamaConfig
 
 from modicum.adapters.elastic import Switch
 from modicum.methods.elastic_lora import ElasticLoraConfig
@@ -14,6 +14,7 @@ from modicum.models.architecture import linear_shape, meta_model
 from modicum.models.families import unwrapped, widths
 from modicum.models.subnetwork import smaller_class
 from modicum.search.costs import Costs, Linear
+from modicum.search.options import COSTS
 from modicum.search.space import SearchSpace
 
 #: LLaMA-7B
@@ -61,6 +62,47 @@ def test_published_choices_of_lonas(llama_7b):
     assert space.groups["31.rank.q_proj+k_proj+v_proj"].choices == (32, 28)
     assert space.groups["5.rank.gate_proj+up_proj"].choices == (32, 28)
     assert len(space.groups) == 3 * 32
+
+
+def test_published_choices_of_shears(llama_7b):
+    costs, _ = llama_7b
+    ranks = {name: layer.rank for name, layer in costs.layers.items() if layer.rank}
+    space = SearchSpace.of("shears", ranks, widths(meta_model(LlamaConfig(**SHAPE))))
+    assert {name for name in space.groups if name.startswith("31.")} == {
+        "31.rank.q_proj+k_proj+v_proj", "31.rank.gate_proj+up_proj", "31.rank.down_proj"
+    }  # fmt: skip
+    assert len(space.groups) == 3 * 32
+    assert {group.choices for group in space.groups.values()} == {(32, 24, 16)}
+
+
+def test_published_choices_of_lonas_for_bert():
+    model = meta_model(BertConfig(architectures=["BertForSequenceClassification"]))
+    names = [name for name, module in model.named_modules() if linear_shape(module) and ".layer." in name]
+    space = SearchSpace.of("lonas_bert", dict.fromkeys(names, 8), widths(model))
+    assert space.groups["11.width.heads"].choices == (12, 9, 6)
+    assert space.groups["11.width.mlp"].choices == (3072, 2304, 1536)
+    ranks = [group for group in space.groups.values() if group.layers]
+    assert {group.choices for group in ranks} == {(8, 4, 2)}
+    assert {layer for group in ranks for layer in group.layers} == set(names)
+
+
+@pytest.mark.parametrize("base", [llama, gpt2, bert])
+@pytest.mark.parametrize("merged", [True, False], ids=["merged", "beside"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_costs_of_shapes_are_those_of_the_model(base, merged, dtype):
+    task = "SEQ_CLS" if base is bert else None
+    dense = base()
+    # as loading makes it: buffers keep their type
+    same = type(dense)._from_config(dense.config, dtype=dtype)
+    model = peft.get_peft_model(same, ElasticLoraConfig(r=3, task_type=task))
+    ranks = {name: adapter.rank for name, adapter in Switch(model).adapters.items()}
+    space = SearchSpace.of_model("lonas_bert", model)
+    chosen = space.sub_network(space.smallest())
+    real = Costs.of_model(model, merged=merged)
+    bare = meta_model(dense.config, "seq_cls" if base is bert else "causal_lm")
+    told = Costs.of_shapes(bare, ranks, merged=merged, bytes_each=dtype.itemsize)
+    for name in COSTS:
+        assert told.of(name, chosen, 10) == real.of(name, chosen, 10), name
 
 
 @pytest.mark.parametrize("base", [llama, gpt2, bert])

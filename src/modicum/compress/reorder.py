@@ -25,6 +25,7 @@ import torch
 from modicum.adapters.merge_report import TOLERANCES, relative_error
 from modicum.compress.calibration import calibration_sequences
 from modicum.compress.layerwise import opened
+from modicum.compress.source import Source
 from modicum.compress.writing import write_shards
 from modicum.errors import ConfigError, InexactMergeError, did_you_mean, not_among, too_low
 from modicum.models.architecture import read_config
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from modicum.compress.source import Source
+    from modicum.compress.calibration import Sequences
     from modicum.models.families import Port, Width
 
 KINDS = ("mlp", "heads")
@@ -132,15 +133,7 @@ def reorder_model(
     if faults:
         raise ConfigError(f"cannot reorder {model}: {'; '.join(faults)}")
     with opened(model, target, faults, "reorder") as source:
-        chosen = [width for width in widths(source.model) if width.kind in options.kinds]
-        if not chosen:
-            faults.append(f"it has no {' or '.join(options.kinds)} that can be moved")
-        if faults:
-            raise ConfigError(f"cannot reorder {model}: {'; '.join(faults)}")
-        tokenizer = load_tokenizer(model)
-        text = calibration_sequences(
-            options.calibration, tokenizer, options.sequences, options.sequence_length
-        )
+        chosen, text = _planned(model, source, options, faults)
         original = _loaded(source, source.folder)
         importance = _importance(original, chosen, text.ids, options.importance)
         orders = {name: scores.argsort(descending=True, stable=True) for name, scores in importance.items()}
@@ -167,6 +160,29 @@ def reorder_model(
 
         write_folder(target, fill)
     return found[0]
+
+
+def check_reorder(model: str, options: ReorderOptions) -> None:
+    """Returns when `model` can be reordered, as far as its shapes and the text tell.
+
+    Raises:
+        ConfigError, DataError: as `reorder_model` does.
+    """
+    with Source(model) as source:
+        _planned(model, source, options, [])
+
+
+def _planned(
+    model: str, source: Source, options: ReorderOptions, faults: list[str]
+) -> tuple[list[Width], Sequences]:
+    """The widths that are put in order, and the text to judge them by; `faults` are those that are known already."""
+    chosen = [width for width in widths(source.model) if width.kind in options.kinds]
+    if not chosen:
+        faults.append(f"it has no {' or '.join(options.kinds)} that can be moved")
+    if faults:
+        raise ConfigError(f"cannot reorder {model}: {'; '.join(faults)}")
+    tokenizer, length = load_tokenizer(model), options.sequence_length
+    return chosen, calibration_sequences(options.calibration, tokenizer, options.sequences, length)
 
 
 def _loaded(source: Source, folder: Path) -> Any:

@@ -41,6 +41,8 @@ class Budgets:
     def check(self, smallest: Mapping[str, float]) -> None:
         """Returns when the costs of the `smallest` sub-network exceed no budget.
 
+        Of times that is a rule of thumb: a narrower model computes less, but kernels may like a wider one more.
+
         Raises:
             ConfigError: they do; all budgets that cannot be kept.
         """
@@ -61,17 +63,23 @@ def merges(space: SearchSpace) -> bool:
     return any(group.widths for group in space.groups.values())
 
 
-def check_shapes(model: Any, ranks: Mapping[str, int], space: SearchSpace, options: SearchOptions) -> None:
+def check_shapes(
+    model: Any,
+    ranks: Mapping[str, int],
+    space: SearchSpace,
+    options: SearchOptions,
+    bytes_each: float | None,
+) -> None:
     """Returns when the budgets that shapes tell can be kept on a base `model`, whose weights do not matter.
+
+    `bytes_each`: of a weight when the model is loaded; None for low-bit ones, whose bytes and memory are not told.
+    Times are measured, and never told.
 
     Raises:
         ConfigError: even the smallest sub-network exceeds one; all of them.
     """
-    # bytes and memory go with a dtype that is not known yet
-    known = {name: limit for name, limit in options.budgets.items() if name in ("parameters", "macs")}
-    budgets = Budgets(
-        options.model_copy(update={"budgets": known}),
-        space,
-        Costs.of_shapes(model, ranks, merged=merges(space)),
-    )
+    told = COSTS if bytes_each else ("parameters", "macs")
+    known = {name: limit for name, limit in options.budgets.items() if name in told}
+    costs = Costs.of_shapes(model, ranks, merged=merges(space), bytes_each=bytes_each or 2.0)
+    budgets = Budgets(options.model_copy(update={"budgets": known}), space, costs)
     budgets.check(budgets.costs(space.smallest()))

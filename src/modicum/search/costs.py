@@ -86,29 +86,40 @@ class Costs:
             held |= dict(bare.named_buffers(recurse=False))
             stored += sum(t.nbytes for t in held.values() if id(t) not in seen)
             seen |= {id(t) for t in held.values()}
-        config, dtype = base.config.get_text_config(), base.dtype
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        cache = 2 * config.num_hidden_layers * groups * head * dtype.itemsize
         return cls(
             layers,
             known_widths(base),
             total,
             merged=merged,
-            bytes_each=dtype.itemsize,
+            bytes_each=base.dtype.itemsize,
             stored=None if merged else stored,
-            cache=cache,
+            cache=_cache(base.config.get_text_config(), base.dtype.itemsize),
         )
 
     @classmethod
-    def of_shapes(cls, model: Any, ranks: Mapping[str, int], *, merged: bool = True) -> Costs:
-        """The costs of a base model (on the meta device, say) whose layers get adapters of the given `ranks`."""
+    def of_shapes(
+        cls, model: Any, ranks: Mapping[str, int], *, merged: bool = True, bytes_each: float = 2.0
+    ) -> Costs:
+        """The costs of a dense base model (on the meta device, say) whose layers get adapters of the given `ranks`.
+
+        `bytes_each`: of a weight in the number type that the model will be loaded in.
+        """
         layers = {
             name: Linear(*shape, getattr(module, "bias", None) is not None, ranks.get(name, 0))
             for name, module in model.named_modules()
             if (shape := linear_shape(module))
         }
-        return cls(layers, known_widths(model), sum(p.numel() for p in model.parameters()), merged=merged)
+        total = sum(p.numel() for p in model.parameters())
+        stored = round(total * bytes_each) + sum(b.nbytes for b in model.buffers())
+        return cls(
+            layers,
+            known_widths(model),
+            total,
+            merged=merged,
+            bytes_each=bytes_each,
+            stored=None if merged else stored,
+            cache=_cache(model.config.get_text_config(), bytes_each),
+        )
 
     def parameters(self, sub_network: SubNetwork | None = None) -> int:
         """All numbers of the model that are left, embeddings and norms included, adapters unless merged."""
@@ -176,3 +187,10 @@ class Costs:
             ranks.get(name, self.layers[name].rank) * (out + inner)
             for name, (out, inner) in self._shapes(sub_network).items()
         )
+
+
+def _cache(config: Any, bytes_each: float) -> int:
+    """Bytes of the keys and values of one token."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return round(2 * config.num_hidden_layers * groups * head * bytes_each)

@@ -88,36 +88,6 @@ def search_run(
         )
 
 
-def check_search(recipe: Recipe) -> None:
-    """Returns when the super-network of `recipe` can be trained and searched, as far as its texts and shapes tell.
-
-    Raises:
-        ConfigError: the search space does not fit the model, or no sub-network keeps a budget.
-        DataError: there are no rows to score on, or training or test rows are among them.
-    """
-    from modicum.models.architecture import meta_model, read_config
-    from modicum.models.checkpoint import layer_shapes
-    from modicum.models.families import known_widths
-    from modicum.search.budgets import check_shapes
-    from modicum.search.space import SearchSpace
-    from modicum.train.methods import make_config
-
-    task = "seq_cls" if recipe.model.task == "regression" else recipe.model.task
-    if recipe.elastic is not None:
-        model = meta_model(read_config(recipe.model.name_or_path), task)
-        config = make_config(recipe.method.name, recipe.method.options, recipe.model.task)
-        targets = {"layers_to_transform": config.layers_to_transform, "layers_pattern": config.layers_pattern}
-        shapes = layer_shapes(model, config.target_modules, exclude=config.exclude_modules, **targets)
-        ranks = {name: config.rank_for(name) for name in shapes}
-        space = SearchSpace.of(recipe.elastic.space, ranks, known_widths(model))
-        if recipe.search is not None:
-            check_shapes(model, ranks, space, recipe.search)
-    if recipe.search is not None:
-        tokenizer = load_tokenizer(recipe.model.name_or_path, revision=recipe.model.revision)
-        data = prepare(recipe.data, tokenizer, recipe.model.task, recipe.model.num_labels)
-        search_rows(recipe, data, tokenizer, recipe.search)
-
-
 def finished_recipe(folder: Path) -> Recipe:
     """The recipe of the finished run in `folder`.
 
