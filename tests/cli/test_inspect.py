@@ -172,3 +172,5 @@ def test_an_elastic_adapter(tmp_path, capsys):
     for words in ("2 (1 layers), 4 (13 layers)", "early: 2", "212", "2 of 4", "4 of 16"):
         assert words in shown, words
     assert "2 of 4" not in run(capsys, "inspect", tmp_path).out
+    active = run(capsys, "inspect", tmp_path, "--json").json["sub_network"]
+    assert f"their fingerprint │ {active['fingerprint']}" in " ".join(shown.split())

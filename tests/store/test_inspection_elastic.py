@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from peft import PeftModel, get_peft_model
 from tests import models_for_tests as models
 
@@ -93,6 +94,34 @@ def test_the_digest_tells_sub_networks_apart_and_nothing_else(tmp_path):
         digest("h", SubNetwork(cuts={UP: Cut(outputs=((0, 8),))})),
     ]
     assert len({one, *others}) == 7
+
+
+def test_the_fingerprint_is_of_the_numbers_that_run(tmp_path):
+    def fingerprint(chosen, change=None):
+        model = get_peft_model(models.llama(), ElasticLoraConfig(r=4, search_space=SPACE, init_weights=False))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.bfloat16())  # so that the record rounds nothing
+            if change is not None:
+                layer, part, row, column = change
+                getattr(Switch(model).adapters[layer], part)[row, column] = 1
+        Switch(model).activate(chosen)
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        model.save_pretrained(folder)
+        places = (folder, save_adapter(model, folder / "a.modicum").path)
+        first, second = (inspect(place).sub_network.fingerprint for place in places)
+        assert first == second
+        return first
+
+    one = fingerprint(CHOSEN)
+    assert len(one) == 32
+    # Q runs two of four directions, UP three of them and the first 16 of 48 outputs
+    for idle in ((Q, "A", 2, 0), (Q, "B", 0, 3), (UP, "A", 3, 5), (UP, "B", 16, 0), (DOWN, "A", 0, 16)):
+        assert fingerprint(CHOSEN, idle) == one, idle
+    runs = ((Q, "A", 1, 0), (Q, "B", 31, 1), (UP, "A", 2, 5), (UP, "B", 15, 2), (DOWN, "A", 3, 15))
+    others = [fingerprint(CHOSEN, change) for change in runs]
+    others += [fingerprint(None), fingerprint(None, (Q, "A", 2, 0)), fingerprint(SubNetwork(ranks={Q: 3}))]
+    assert len({one, *others}) == 1 + len(others)
 
 
 def test_what_is_active_is_what_loads(tmp_path):

@@ -109,6 +109,7 @@ def _sub_network(active: "ActiveSubNetwork | None") -> Iterable[tuple[str, str]]
         return
     yield "sub-network", f"{active.digest}{' (all that was trained)' if active.whole else ''}"
     yield "  values that run", f"{active.active_values:,}" if active.active_values else ""
+    yield "  their fingerprint", active.fingerprint or ""
     yield "  runs at ranks", ", ".join(f"{rank} ({count} layers)" for rank, count in active.ranks.items())
     yield "  widths", ", ".join(f"{name}: {units}" for name, units in active.widths.items())
     yield "  choices", ", ".join(f"{name}: {value}" for name, value in active.choices.items())

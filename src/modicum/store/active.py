@@ -9,6 +9,8 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from modicum.errors import ConfigError, listing
 from modicum.store.atomic import write_folder
 
@@ -48,15 +50,20 @@ class ActiveSubNetwork:
     ranks: dict[int, int]
     #: trained numbers that run; of a model, which holds none of them, 0
     active_values: int
+    #: 32 hex digits over those numbers, as they are stored; of a model None, it has one of its weights
+    fingerprint: str | None = None
     layers: tuple[LayerRank, ...] = ()
 
 
 def of_adapter(
-    shapes: Mapping[str, tuple[int, ...]], saved: Mapping[str, Any] | None
+    shapes: Mapping[str, tuple[int, ...]],
+    saved: Mapping[str, Any] | None,
+    numbers: Mapping[str, np.ndarray] | None,
 ) -> tuple[ActiveSubNetwork, list[str]]:
     """The active sub-network of an adapter with these tensors (`layer.A`, `layer.B`, `layer.R`), and its faults.
 
-    `saved` is what `SubNetwork.as_dict` gave; None or empty is the whole super-network.
+    `saved` is what `SubNetwork.as_dict` gave; None or empty is the whole super-network. `numbers` are the tensors
+    themselves as float32, None where they cannot be read.
 
     Raises:
         TypeError, ValueError, AttributeError: `saved` is something else.
@@ -89,6 +96,7 @@ def of_adapter(
         widths=widths,
         ranks=_counted(running),
         active_values=sum(active.values()),
+        fingerprint=None if numbers is None or faults else _fingerprint(numbers, running, cuts),
         layers=layers,
     )
     return found, faults
@@ -162,3 +170,24 @@ def _active(leaf: str, shape: tuple[int, ...], rank: int, cut: Mapping[str, Any]
     across = shape[1] if leaf == "A" else shape[0]
     runs = cut.get("inputs" if leaf == "A" else "outputs")
     return rank * (across if runs is None else sum(stop - start for start, stop in runs))
+
+
+def _fingerprint(numbers: Mapping[str, np.ndarray], ranks: Mapping[str, int], cuts: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(numbers):
+        layer, _, leaf = name.rpartition(".")
+        part = _running(leaf, numbers[name], ranks[layer], cuts.get(layer, {}))
+        digest.update(json.dumps([name, part.shape]).encode())
+        digest.update(np.ascontiguousarray(part, "<f4").data)
+    return digest.hexdigest()[:32]
+
+
+def _running(leaf: str, numbers: np.ndarray, rank: int, cut: Mapping[str, Any]) -> np.ndarray:
+    """The part of one tensor that runs, of which `_active` is the size."""
+    if leaf == "R":
+        return numbers[(slice(rank),) * numbers.ndim]
+    axis, prefix = (1, numbers[:rank]) if leaf == "A" else (0, numbers[:, :rank])
+    runs = cut.get("inputs" if leaf == "A" else "outputs")
+    if runs is None:
+        return prefix
+    return np.concatenate([prefix.take(range(start, stop), axis) for start, stop in runs], axis)

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 from modicum.errors import ConfigError, CorruptAdapterError, listing
 from modicum.store.active import ActiveSubNetwork, of_adapter, unfit
 from modicum.store.model_inspection import OK, ModelInspection, inspect_model
-from modicum.store.numbers import finite
+from modicum.store.numbers import finite, to_floats
 from modicum.store.record import MAGIC, Rounding, decode, peek
 from modicum.store.tensor_files import DamagedFileError, StoredTensor, read_header
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
+
+    import numpy as np
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 #: what PEFT's names for our methods start with
@@ -100,15 +102,16 @@ def _record(path: Path) -> Inspection:
             if file.read(len(MAGIC)) != MAGIC:
                 raise ConfigError(f"{path}: {error}") from error
         return Inspection(path, "compact record", str(error), bytes=total)
-    state, head_values = OK, 0
+    state, head_values, numbers = OK, 0, None
     try:
-        head_values = sum(math.prod(s.shape) for s in decode(path.read_bytes()).sections)
+        record = decode(path.read_bytes())
+        head_values, numbers = sum(math.prod(s.shape) for s in record.sections), record.tensors
     except CorruptAdapterError as error:
         state = str(error)
     about = dict(header.description)
     options = about.pop("config", {})
     shapes = dict(zip(header.layout.names, header.layout.shapes, strict=True))
-    active, fault = _active(shapes, options)
+    active, fault = _active(shapes, options, numbers)
     return Inspection(
         path=path,
         kind="compact record",
@@ -160,8 +163,12 @@ def _folder(folder: Path) -> Inspection:
     mine = {name: spec for name, spec in tensors.items() if f".{kind.lower()}_" in name} or tensors
     if state == OK:
         part = f".{kind.lower()}_adapters"
-        shapes = {n.removeprefix(_PEFT).replace(part, ""): t.shape for n, t in mine.items()}
-        about["sub_network"], state = _active(shapes, config)
+        named = {name.removeprefix(_PEFT).replace(part, ""): tensor for name, tensor in mine.items()}
+        about["sub_network"], state = _active(
+            {name: tensor.shape for name, tensor in named.items()},
+            config,
+            lambda: ((name, to_floats(tensor.array(), tensor.dtype)) for name, tensor in named.items()),
+        )
     return _summary(folder, "PEFT folder", state, mine, tensors, size + weights.stat().st_size, about)
 
 
@@ -173,14 +180,19 @@ _SHOWN = {
 
 
 def _active(
-    shapes: Mapping[str, tuple[int, ...]], options: dict[str, Any]
+    shapes: Mapping[str, tuple[int, ...]],
+    options: dict[str, Any],
+    numbers: Callable[[], Iterable[tuple[str, np.ndarray]]] | None,
 ) -> tuple[ActiveSubNetwork | None, str]:
-    """The active sub-network of an adapter with sub-networks, and `ok` or what is wrong with it."""
+    """The active sub-network of an adapter with sub-networks, and `ok` or what is wrong with it.
+
+    `numbers` reads the tensors as float32; None where they cannot be read.
+    """
     saved = options.pop("sub_network", None)
     if saved is None and not options.get("search_space"):
         return None, OK
     try:
-        found, faults = of_adapter(shapes, saved)
+        found, faults = of_adapter(shapes, saved, None if numbers is None else dict(numbers()))
     except (TypeError, ValueError, AttributeError) as error:
         return None, unfit([repr(error)])
     return found, unfit(faults) if faults else OK
