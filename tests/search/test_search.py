@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
+import time
+from types import SimpleNamespace
 
 import pytest
 from tests.train.test_elastic import recipe
@@ -66,21 +70,23 @@ def _choices(folder, run):
     return {name: group.choices for name, group in space.groups.items()}
 
 
-@pytest.mark.parametrize("strategy", ["random", "nsga2"])
-def test_budgets_and_objectives(strategy, run, tmp_path):
+@pytest.mark.parametrize(
+    ("strategy", "cost"), [("random", "macs"), ("nsga2", "macs"), ("random", "bytes"), ("nsga2", "memory")]
+)
+def test_budgets_and_objectives(strategy, cost, run, tmp_path):
     wanted = options(
         strategy=strategy,
         trials=6,
         population=3,
         objectives=["parameters", "token_accuracy"],
-        budgets={"macs": 0.95},
+        budgets={cost: 0.95},
     )
     found = search_run(run, wanted, tmp_path / "s")
     assert list(found.objectives.items()) == [("token_accuracy", True), ("parameters", False)]
     assert len(found.points) == 6
     for point in found.points:
-        assert set(point.values) == {"token_accuracy", "parameters", "macs"}
-        assert bool(point.violations) == (point.values["macs"] > 0.95 * found.whole["macs"])
+        assert set(point.values) == {"token_accuracy", "parameters", cost}
+        assert bool(point.violations) == (point.values[cost] > 0.95 * found.whole[cost])
     assert not any(point.violations for point in found.front)
 
 
@@ -94,6 +100,38 @@ def test_the_point_is_what_evaluating_its_sub_network_gives(run, tmp_path):
     model, tokenizer = load_adapted(load_base("embedded"), run / "adapter"), load_tokenizer("embedded")
     Switch(model).activate(SubNetwork.read(found.sub_network()))
     rows = prepare(recipe(tmp_path).data, tokenizer, "causal_lm").validation
+    measured = evaluate(model, tokenizer, rows, exact_match=False, resamples=10).metrics["loss"].value
+    assert measured == pytest.approx(found.best.values["loss"], rel=1e-6)
+
+
+def test_ranks_of_lora_xs_are_trained_and_searched(tmp_path):
+    from modicum.adapters.elastic import SubNetwork, Switch
+    from modicum.data.prepare import prepare
+    from modicum.evaluate.run import evaluate
+    from modicum.models.loading import load_adapted, load_base, load_tokenizer
+
+    space = {
+        "groups": [
+            {"rank": ["heads.outputs"], "choices": [4, 2, 1], "share": "model"},
+            {"rank": ["mlp.outputs", "mlp.inputs"], "choices": [4, 1], "share": "model"},
+        ]
+    }
+    made = recipe(tmp_path / "run", method={"name": "lora_xs", "r": 4}, elastic__space=space)
+    folder = tune(made.with_values(train__learning_rate=0.05)).folder
+    found = search_run(folder, SearchOptions(strategy="random", trials=9), tmp_path / "s")
+    assert len(found.points) == found.space_size == 6
+    assert len({point.values["loss"] for point in found.points}) == 6
+    model, tokenizer = load_adapted(load_base("embedded"), folder / "adapter"), load_tokenizer("embedded")
+    switch = Switch(model)
+    for name, adapter in switch.adapters.items():
+        # all of it was trained, what only the largest rank has too
+        if name.endswith(("q_proj", "down_proj")):
+            assert adapter.R[3].abs().max() > 1e-3, name
+    switch.activate(SubNetwork.read(found.sub_network()))
+    found_ranks = {name.rpartition(".")[2]: adapter.active_rank for name, adapter in switch.adapters.items()}
+    assert found_ranks["q_proj"] == next(v for k, v in found.best.choices.items() if "q_proj" in k)
+    assert found_ranks["down_proj"] == next(v for k, v in found.best.choices.items() if "down_proj" in k)
+    rows = prepare(made.data, tokenizer, "causal_lm").validation
     measured = evaluate(model, tokenizer, rows, exact_match=False, resamples=10).metrics["loss"].value
     assert measured == pytest.approx(found.best.values["loss"], rel=1e-6)
 
@@ -214,9 +252,73 @@ def test_low_bit_bases_stay_as_many_bytes_as_they_are():
 
 
 @pytest.mark.slow
-def test_two_workers_share_a_study(run, tmp_path):
-    found = search_run(run, options(strategy="random", trials=6, workers=2), tmp_path / "s")
+@pytest.mark.parametrize("strategy", ["random", "nsga2"])
+def test_two_workers_share_a_study(strategy, run, tmp_path):
+    mine = []
+
+    def finished():
+        with contextlib.closing(sqlite3.connect(tmp_path / "s/study.db", timeout=60)) as kept:
+            return kept.execute("select count(*) from trials where state = 'COMPLETE'").fetchone()[0]
+
+    def wait_for_the_other(point):
+        mine.append(point.number)
+        patience = time.monotonic() + 240  # in case there is no other
+        while finished() == len(mine) and time.monotonic() < patience:
+            time.sleep(0.05)
+
+    wanted = options(strategy=strategy, trials=6, population=3, workers=2)
+    found = search_run(run, wanted, tmp_path / "s", tell=wait_for_the_other)
     assert 6 <= len(found.points) <= 7
+    assert set(mine) < {point.number for point in found.points}
+    assert mine
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Times that go with the channels that are left, prefill with their square; nothing else is stood in for."""
+    from modicum.search import evaluator
+
+    def channels(model):
+        return sum(layer.mlp.up_proj.out_features for layer in model.model.layers)
+
+    def measure(models, *, baseline, **_):
+        share = channels(models["sub-network"]) / channels(models[baseline])
+        times = {
+            "prefill_ratio": SimpleNamespace(value=share**-2),
+            "decode_ratio": SimpleNamespace(value=1 / share),
+        }
+        return SimpleNamespace(models=[SimpleNamespace(name="sub-network", **times)])
+
+    monkeypatch.setattr(evaluator, "measure", measure)
+
+
+@pytest.mark.usefixtures("timed")
+def test_budgets_of_time(run, tmp_path):
+    found = search_run(
+        run, options(strategy="random", trials=8, budgets={"decode_time": 0.77}), tmp_path / "s"
+    )
+    whole = {name: choices[0] for name, choices in _choices(tmp_path, run).items()}
+    widths = [name for name in whole if name.endswith("mlp") and ".width." in name]
+    for point in found.points:
+        share = sum(point.choices[name] for name in widths) / sum(whole[name] for name in widths)
+        assert point.values["decode_time"] == pytest.approx(share)
+        over = {"decode_time": pytest.approx(share / 0.77 - 1)} if share > 0.77 else {}
+        assert point.violations == over
+    kept = [point for point in found.points if not point.violations]
+    assert 0 < len(kept) < len(found.points)
+    assert found.best.values["loss"] == min(point.values["loss"] for point in kept)
+    assert {point.number for point in found.front} <= {point.number for point in kept}
+
+
+@pytest.mark.usefixtures("timed")
+def test_times_that_not_even_the_smallest_sub_network_keeps(run, tmp_path):
+    wanted = options(budgets={"decode_time": 0.4, "prefill_time": 0.2, "parameters": 0.99})
+    with pytest.raises(ConfigError) as error:
+        search_run(run, wanted, tmp_path / "s")
+    assert "budgets.decode_time = 0.4, the smallest sub-network takes 0.5" in str(error.value)
+    assert "budgets.prefill_time = 0.2, the smallest sub-network takes 0.25" in str(error.value)
+    assert "parameters" not in str(error.value)
+    assert not (tmp_path / "s").exists()
 
 
 def test_times_are_shares_of_the_super_network(run, tmp_path):
@@ -238,6 +340,10 @@ def test_times_are_shares_of_the_super_network(run, tmp_path):
         ({"budgets": {"decode_time": 1.3}}, "at most 1"),
         ({"budgets": {"parameters": float("nan")}}, "above 0"),
         ({"budgets": {"parameters": 0.8, "macs": 0}}, "above 0"),
+        (
+            {"budgets": {"parameters": 0.1, "macs": 0.2, "bytes": 0.9}},
+            r"parameters = 0\.1.*macs = 0\.2[^y]*$",
+        ),
     ],
 )
 def test_options_that_cannot_work(values, words, run, tmp_path):
