@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
@@ -78,6 +82,27 @@ def bert(num_labels: int = 3, seed: int = 0) -> BertForSequenceClassification:
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     model = BertForSequenceClassification(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+#: model types of encoders whose widths are known
+ENCODERS = ("bert", "roberta", "xlm-roberta", "electra")
+
+
+def encoder(kind: str, seed: int = 0) -> Any:
+    """A two-layer classifier of this model type with random biases, hidden 32."""
+    if kind == "bert":
+        return bert(seed=seed)
+    torch.manual_seed(seed)
+    config = CONFIG_MAPPING[kind](
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=64, num_labels=3, initializer_range=0.3, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, **({"embedding_size": 16} if kind == "electra" else {}),
+    )  # fmt: skip
+    model = AutoModelForSequenceClassification.from_config(config).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from tests.cli.adapter_files import tokenizer, trained
 from tests.models.test_families import decoder
-from tests.models_for_tests import bert, llama, tokens
+from tests.models_for_tests import ENCODERS, bert, encoder, llama, tokens
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from modicum.adapters.elastic import Cut, SubNetwork, Switch, take
@@ -25,14 +26,15 @@ from modicum.methods.lora_xs import LoraXSConfig
 from modicum.methods.sparse_peft import SparsePeftConfig
 from modicum.models.families import widths
 from modicum.models.subnetwork import kept, narrow
+from modicum.search.space import SearchSpace
 
-FAMILIES = ("llama", "qwen2", "phi3", "gpt2", "bert")
+FAMILIES = ("llama", "qwen2", "phi3", "gpt2", *ENCODERS)
 RANK, ALPHA = 4, 6.0
 TEXTS = ["w1 w5 w9 w2 w7", "w3 w3 w8 w20 w40 w11 w60"]
 
 
 def base(kind: str) -> Any:
-    return bert() if kind == "bert" else decoder(kind)
+    return encoder(kind) if kind in ENCODERS else decoder(kind)
 
 
 def super_network(kind: str, **options: Any) -> Any:
@@ -41,11 +43,12 @@ def super_network(kind: str, **options: Any) -> Any:
 
 
 def _without_head(kind: str) -> dict[str, Any]:
-    return {"exclude_modules": ["classifier", "pooler.dense"]} if kind == "bert" else {}
+    heads = ["classifier", "pooler.dense", "classifier.dense", "classifier.out_proj"]
+    return {"exclude_modules": heads} if kind in ENCODERS else {}
 
 
 def auto(kind: str) -> Any:
-    return AutoModelForSequenceClassification if kind == "bert" else AutoModelForCausalLM
+    return AutoModelForSequenceClassification if kind in ENCODERS else AutoModelForCausalLM
 
 
 def logits(model: Any, ids: torch.Tensor | None = None) -> torch.Tensor:
@@ -97,6 +100,39 @@ def test_a_sub_network_is_the_small_network_with_copied_prefixes(kind: str, data
     Switch(big).activate(chosen)
     # bit for bit on the machine this was written on; another one may order the sums of other shapes otherwise
     torch.testing.assert_close(logits(big), small, rtol=0, atol=1e-5)
+
+
+#: 64 sub-networks of two layers
+SPACE = {
+    "groups": [
+        {"rank": ["heads.outputs"], "choices": [4, 3], "share": "model"},
+        {"rank": ["mlp.outputs", "mlp.inputs"], "choices": [4, 1], "share": "model"},
+        {"width": "mlp", "choices": [1.0, 0.5]},
+        {"width": "heads", "choices": [1.0, 0.5]},
+    ]
+}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+def test_every_choice_of_a_space_is_its_small_network_exactly(kind: str) -> None:
+    """In doubles, where sums in another order differ by 1e-15 and another number would by far more."""
+    big = super_network(kind)
+    space = SearchSpace.of_model(SPACE, big)
+    named = [(name, group.choices) for name, group in space.groups.items()]
+    every = [
+        dict(zip(space.groups, picked, strict=True))
+        for picked in itertools.product(*(choices for _, choices in named))
+    ]
+    assert len(every) == space.size == 64
+    chosen = [space.sub_network(choices) for choices in every]
+    small = [logits(small_network(kind, big, one).double()) for one in chosen]
+    big.double()
+    seen = set()
+    for one, wanted in zip(chosen, small, strict=True):
+        Switch(big).activate(one)
+        torch.testing.assert_close(logits(big), wanted, rtol=0, atol=1e-12)
+        seen.add(wanted.sum().item())
+    assert len(seen) == 64
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import shutil
 from typing import Any
@@ -343,6 +344,38 @@ def test_one_layer_of_an_encoder_is_in_memory_at_a_time(tmp_path):
                 assert loaded == {id(parameter) for parameter in layer.parameters()}
                 stack.advance(index, hidden)
         torch.testing.assert_close(hidden, states[2], rtol=1e-5, atol=1e-5)
+
+
+def test_sparsifying_has_one_layer_in_memory_at_a_time(options, tmp_path, monkeypatch):
+    from modicum.compress import sparsify
+
+    seen, weights = [], {}
+
+    class Watched(Stack):
+        def advance(self, index, *args, **kwargs):
+            layers = [
+                at for at, one in enumerate(self.layers) if not all(p.is_meta for p in one.parameters())
+            ]
+            seen.append((index, layers))
+            if (len(self.layers), index) not in weights:
+                weights[len(self.layers), index] = held()
+            return super().advance(index, *args, **kwargs)
+
+    def held():
+        """Bytes of the matrices that the MLPs of these models have, and nothing else here."""
+        every = (one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter))
+        return sum(one.nbytes for one in every if not one.is_meta and one.shape in ((56, 32), (32, 56)))
+
+    monkeypatch.setattr(sparsify, "Stack", Watched)
+    few = dataclasses.replace(options, sequences=2, eval_sequences=2)
+    for depth in (2, 5):
+        config = {"num_key_value_heads": 2, "num_hidden_layers": depth, "intermediate_size": 56}
+        folder = saved(decoder("LlamaConfig", **config), tmp_path / f"model-{depth}")
+        gc.collect()
+        sparsify_model(str(folder), tmp_path / f"s-{depth}", few)
+    assert all(layers == [index] for index, layers in seen)
+    assert {index for index, _ in seen} == set(range(5))
+    assert max(weights.values()) == 3 * 56 * 32 * 4, "three float32 matrices of one layer, whatever the depth"
 
 
 def test_models_without_a_stack_go_by_magnitude(options, plain, tmp_path):

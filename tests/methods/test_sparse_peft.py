@@ -8,7 +8,7 @@ from peft import get_peft_model
 from tests.laws.cases import OneLayer, base_layer
 from torch.nn import functional as F
 
-from modicum import SparsePeftConfig
+from modicum import QASparsePeftConfig, SparsePeftConfig
 from modicum.adapters import panels
 from modicum.adapters.elastic import SubNetwork, Switch
 from modicum.quant.huggingface import quantized_linear
@@ -107,8 +107,15 @@ def test_the_mask_of_a_low_bit_base_is_kept_in_bits():
     assert layer.site._mask.nbytes == OUT * IN / 8
 
 
-def test_dropout_leaves_the_base_alone():
-    model, layer, _ = adapted(dropout=0.999)
+@pytest.mark.parametrize("config", [SparsePeftConfig, QASparsePeftConfig])
+def test_dropout_leaves_the_base_alone(config):
+    dense = base_layer("linear", IN, OUT, torch.float32, bias=True, seed=0)
+    if config is QASparsePeftConfig:
+        spec = AffineSpec(4, (1, 16), "integer", offset_dtype="float32", residuals=True)
+        dense = OneLayer(quantized_linear(dense.layer.requires_grad_(False), spec))
+    options = {"r": RANK, "alpha": 12, "target_modules": ["layer"], "init_weights": False}
+    model = get_peft_model(dense, config(**options, dropout=0.999))
+    layer = model.base_model.model.layer
     base = layer.base_layer(inputs())
     assert not torch.equal(model.eval()(inputs()), base)
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tests.models.test_families import DECODERS, decoder
-from tests.models_for_tests import bert, llama, tokens
+from tests.models_for_tests import ENCODERS, bert, encoder, llama, tokens
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -54,12 +54,12 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("uniform", [True, False], ids=["uniform", "per layer"])
-@pytest.mark.parametrize("kind", [*DECODERS, "bert"])
+@pytest.mark.parametrize("kind", [*DECODERS, *ENCODERS])
 def test_the_saved_model_is_the_cut_one(kind: str, uniform: bool, tmp_path: Path) -> None:
-    model = bert() if kind == "bert" else decoder(kind)
+    model = encoder(kind) if kind in ENCODERS else decoder(kind)
     left = units(model, uniform=uniform)
     small_class, cut = saved(model, left, tmp_path)
-    auto = AutoModelForSequenceClassification if kind == "bert" else AutoModelForCausalLM
+    auto = AutoModelForSequenceClassification if kind in ENCODERS else AutoModelForCausalLM
     small, info = auto.from_pretrained(tmp_path, output_loading_info=True)
     assert type(small) is small_class
     assert not info["missing_keys"]
@@ -68,7 +68,7 @@ def test_the_saved_model_is_the_cut_one(kind: str, uniform: bool, tmp_path: Path
     assert {w.name: w.units for w in widths(small)} == left
     assert family(small) == family(model)
     # heads that do not fill hidden_size have no place in these configurations
-    assert is_ours(small_class) == (not uniform or kind in {"gpt2", "opt", "bert"})
+    assert is_ours(small_class) == (not uniform or kind in {"gpt2", "opt", *ENCODERS})
 
 
 def test_a_llama_of_which_heads_are_gone_is_written_as_a_mistral(tmp_path: Path) -> None:
@@ -81,6 +81,23 @@ def test_a_llama_of_which_heads_are_gone_is_written_as_a_mistral(tmp_path: Path)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(cut))
     biased = decoder("llama", num_key_value_heads=4, attention_bias=True)
     assert is_ours(smaller_class(biased, left)[0]), "Mistral has no biases"
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_per_layer_models_generate_with_a_cache(kind: str, tmp_path: Path) -> None:
+    model = decoder(kind)
+    _, cut = saved(model, units(model, uniform=False), tmp_path)
+    small: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert is_ours(type(small))
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    whole = cut.generate(tokens(2, 5), use_cache=False, **options)
+    assert whole.shape[1] > 6
+    found = small.generate(tokens(2, 5), return_dict_in_generate=True, **options)
+    assert torch.equal(found.sequences, whole)
+    # keys and values of the heads that are left, layer by layer
+    left = [w.units for w in widths(small) if w.kind == "heads"]
+    kept = [layer.keys.shape[1] for layer in found.past_key_values.layers]
+    assert kept == (left or [small.config.num_key_value_heads] * 2)
 
 
 def test_per_layer_models_work_like_others(tmp_path: Path) -> None:
