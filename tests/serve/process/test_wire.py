@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from modicum.errors import ConfigError, NotStoredError
+from modicum.errors import ConfigError, ModicumError, NotStoredError
 from modicum.serve.engine.interface import AdapterUnavailableError, InUseError
 from modicum.serve.process.wire import Wire, heard, packed, told, unpacked
 
@@ -17,6 +17,13 @@ def traceback_here():
         return 1 / 0
     except ZeroDivisionError as error:
         return error.__traceback__
+
+
+class OddError(ModicumError):
+    """Cannot be unpickled."""
+
+    def __init__(self, one, two):
+        super().__init__(one)
 
 
 MESSAGES = [("step", 3, 17, -0.5, ((17, -0.5),), "stop", 4), ("value", 2, None), ("log", "ä" * 300)]
@@ -47,6 +54,8 @@ def test_errors_of_ours_keep_class_words_and_cause():
     again = heard(told(strange))
     assert (type(again), str(again)) == (RuntimeError, "Strange: a lambda")
     assert "test_wire.py" in again.__notes__[0]
+    again = heard(told(OddError("one", "two")))
+    assert (type(again), str(again)) == (RuntimeError, "OddError: one")
 
 
 def test_more_than_the_socket_holds_is_sent_and_the_end_is_noticed():

@@ -7,6 +7,7 @@ else has the sockets, so frames are pickled.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import pickle
 import traceback
 from typing import TYPE_CHECKING, Any, final
@@ -45,7 +46,11 @@ def told(error: Exception) -> bytes:
     """An error that can be sent: one of ours as it is and with its cause, all others by their words."""
     if isinstance(error, ModicumError):
         cause = error.__cause__ if isinstance(error.__cause__, ModicumError) else None
-        return pickle.dumps((error, cause))
+        # one that cannot be made anew from its arguments would not be heard
+        with contextlib.suppress(Exception):
+            data = pickle.dumps((error, cause))
+            heard(data)
+            return data
     other = RuntimeError(f"{type(error).__name__}: {error}")
     other.add_note("".join(traceback.format_exception(error)))
     return pickle.dumps((other, None))
