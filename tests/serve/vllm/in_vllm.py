@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from typing import Any
 
 from modicum.errors import ModicumError
 from modicum.serve.engine.interface import Request, Sampling
 from modicum.serve.settings import EngineSettings
-from modicum.serve.vllm.engine import open_engine
+from modicum.serve.vllm.engine import Monitor, open_engine
 from modicum.store import Store
 
 
@@ -39,18 +40,34 @@ async def answer(engine, asked: dict) -> dict:
     }
 
 
+def watch(adapters: list[int]) -> None:
+    """Keep how many adapters are in each step, as vLLM's scheduler says it."""
+    record = Monitor.record
+
+    def watched(self: Monitor, scheduled: Any, iteration: Any) -> None:
+        if scheduled is not None:
+            adapters.append(len(scheduled.running_lora_adapters))
+        record(self, scheduled, iteration)
+
+    Monitor.record = watched
+
+
 async def main(asked: dict) -> dict:
     store = Store(asked["store"])
     engine, _ = open_engine(EngineSettings(**asked["settings"]), store)
+    adapters: list[int] = []
+    watch(adapters)
     await asyncio.to_thread(engine.start)
     found: dict = {"rounds": []}
     for requests in asked["rounds"]:
+        adapters.clear()
         answers = await asyncio.gather(*(answer(engine, one) for one in requests))
         stats = engine.stats()
         found["rounds"].append(
             {
                 "answers": answers,
                 "cached": stats.cached_tokens,
+                "adapters": max(adapters, default=0),
                 "pool": vars(stats.pool),
                 "residents": [one.version for one in engine.residents()],
                 "used": [one.requests for one in engine.residents()],

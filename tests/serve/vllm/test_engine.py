@@ -35,8 +35,10 @@ def test_64_adapters_and_the_base_in_one_batch(ask, store_of_many):
     with Store(store) as opened:
         opened.put("late", varied(opened.get(versions[0]), 99))
     late = [{"prompt": prompts(1)[0], "version": "late@1", "unload_first": True}] * 4
-    found = ask([asked, asked, same, wrong, wrong[-1:], late])
-    first, second, alike, failed, again, cold = found["rounds"]
+    # answers long enough that everybody is there before the first one has ended
+    long = [{**one, "sampling": {"max_tokens": 6 * TOKENS}} for one in asked]
+    found = ask([asked, asked, same, wrong, wrong[-1:], late, long], max_batch_tokens=4096)
+    first, second, alike, failed, again, cold, crowd = found["rounds"]
     expected = [offline(store, one["version"], one["prompt"], TOKENS) for one in asked]
     assert [one.get("tokens", one) for one in first["answers"]] == expected
     assert [one["tokens"] for one in second["answers"]] == expected
@@ -64,6 +66,9 @@ def test_64_adapters_and_the_base_in_one_batch(ask, store_of_many):
     assert first["pool"]["misses"] == 64
     assert [one["tokens"] for one in cold["answers"]] == [offline(store, "late@1", prompts(1)[0], TOKENS)] * 4
     assert cold["pool"]["misses"] - again["pool"]["misses"] == 1
+    assert [one["tokens"][:TOKENS] for one in crowd["answers"]] == expected
+    # all of them in one step
+    assert crowd["adapters"] == len(versions) == 64
     assert found["alive"] is False
 
 
