@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -22,6 +23,7 @@ from tests.jobs import rays
 from modicum.errors import MissingExtraError
 from modicum.fleet.job import train_fleet
 from modicum.fleet.ledger import FILE
+from modicum.jobs.cluster import ADDRESS
 
 try:
     import ray
@@ -73,8 +75,7 @@ def test_a_worker_killed_in_the_middle_changes_nothing(tmp_path, whole):
         seen.append(now)
         if not killed and 0 < now.users < len(COUNTS):
             # of two processes, one that is training
-            killed.append(rays.wait_for(rays.at_work)[0])
-            killed[0].send_signal(signal.SIGKILL)
+            killed.extend(filter(None, [rays.kill_one()]))
 
     result = train_fleet(spec, workers=2, tell=tell)
     assert killed
@@ -90,39 +91,67 @@ def test_a_worker_killed_in_the_middle_changes_nothing(tmp_path, whole):
     assert rays.gone(rays.processes())
 
 
+def cohorts(folder):
+    """How many cohorts of a job are on the disk."""
+    try:
+        with closing(sqlite3.connect(f"file:{folder / FILE}?mode=ro", uri=True)) as ledger:
+            return ledger.execute("SELECT count(*) FROM cohorts").fetchone()[0]
+    except sqlite3.OperationalError:
+        return 0
+
+
+def below(pid):
+    """The processes below one, but two agents of Ray's, which touch nothing and look up once a minute."""
+    found = []
+    for one in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "Agent" not in one.name():
+                found.append(one)
+    return found
+
+
+def words_for(spec, file):
+    """The command of the page, for `spec`, which is written to `file`."""
+    file.write_text(spec.to_yaml())
+    (line,) = re.findall(
+        r"^modicum (fleet train fleet\.yaml --ray.*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    return [sys.executable, "-m", "modicum", *shlex.split(line.replace("fleet.yaml", str(file)))]
+
+
+@pytest.mark.slow
+def test_the_command_trains_on_a_cluster_that_is_there(tmp_path, whole):
+    """As on somebody's machines: `RAY_ADDRESS` names the head, and the cluster goes on afterwards."""
+    spec = spec_of(tmp_path / "job", whole[1])
+    words = words_for(spec, tmp_path / "fleet.yaml")
+    with rays.two_workers() as joined:
+        environment = {**os.environ, ADDRESS: joined.get_runtime_context().gcs_address}
+        pipe = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        with rays.started(words, env=environment, **pipe) as process:
+            said = process.communicate(timeout=300)[1]
+            assert process.returncode == 0, said
+        assert joined.cluster_resources()["CPU"] == 2
+    assert contents(spec.store.path) == contents(whole[0] / "store")
+    assert states(spec.folder) == states(whole[0] / "run")
+
+
 @pytest.mark.slow
 def test_a_killed_command_goes_on_with_and_without_ray(tmp_path, whole):
     pytest.importorskip("ray", reason="Ray is not installed (modicum[ray])")
     spec = spec_of(tmp_path / "job", whole[1])
-    (tmp_path / "fleet.yaml").write_text(spec.to_yaml())
-    # the command of the page
-    (line,) = re.findall(
-        r"^modicum (fleet train fleet\.yaml --ray.*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE
-    )
-    words = [
-        sys.executable,
-        "-m",
-        "modicum",
-        *shlex.split(line.replace("fleet.yaml", str(tmp_path / "fleet.yaml"))),
-    ]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = words_for(spec, tmp_path / "fleet.yaml")
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with rays.started(words, **silent) as process:
 
-    def cohorts():
-        assert process.poll() is None
-        try:
-            with closing(sqlite3.connect(f"file:{spec.folder / FILE}?mode=ro", uri=True)) as ledger:
-                return ledger.execute("SELECT count(*) FROM cohorts").fetchone()[0]
-        except sqlite3.OperationalError:
-            return 0
+        def some_cohorts():
+            assert process.poll() is None
+            return cohorts(spec.folder)
 
-    assert rays.wait_for(cohorts) < 6
-    # two agents of Ray's, which touch nothing, look up once a minute
-    everybody = [
-        one for one in psutil.Process(process.pid).children(recursive=True) if "Agent" not in one.name()
-    ]
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert rays.gone(everybody), "nobody goes on when the one in charge is gone"
+        assert rays.wait_for(some_cohorts) < 6
+        everybody = below(process.pid)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert rays.gone(everybody), "nobody goes on when the one in charge is gone"
     assert len(contents(spec.store.path)) < len(COUNTS) - 1
     result = train_fleet(spec, resume=True)
     assert contents(spec.store.path) == contents(whole[0] / "store")

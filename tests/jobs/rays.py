@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import signal
+import subprocess
 import time
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 @contextlib.contextmanager
@@ -39,6 +46,34 @@ def processes(name: str = "") -> list[psutil.Process]:
 def at_work() -> list[psutil.Process]:
     """Ray's processes below this one that have a task of ours just now."""
     return processes("_work")
+
+
+def kill_one() -> psutil.Process | None:
+    """One of those at work, killed; None if nobody is just now."""
+    for process in at_work():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGKILL)
+            return process
+    return None
+
+
+@contextlib.contextmanager
+def started(words: list[str], **options: Any) -> Iterator[subprocess.Popen]:
+    """A program in a session of its own, which ends with the block, whatever happens in it."""
+    with subprocess.Popen(words, start_new_session=True, **options) as process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def ended(pid: int) -> bool:
+    """Whether the process ends within half a minute."""
+    try:
+        return gone([psutil.Process(pid)])
+    except psutil.NoSuchProcess:
+        return True
 
 
 def gone(wanted: list[psutil.Process]) -> bool:

@@ -12,7 +12,7 @@ import pytest
 from tests.jobs import rays, work
 
 from modicum.errors import ConfigError, MissingExtraError, ModicumError
-from modicum.jobs.cluster import ADDRESS, Cluster
+from modicum.jobs.cluster import ADDRESS, Cluster, gpu_for, threads_for
 from modicum.jobs.pool import Task
 
 try:
@@ -28,6 +28,31 @@ def test_without_ray_the_extra_is_named():
         pytest.skip("Ray is installed")
     with pytest.raises(MissingExtraError, match=r"modicum\[ray\]"):
         Cluster(2)
+
+
+@pytest.mark.parametrize(
+    ("cores", "count", "threads"),
+    [
+        ([8], 2, 4),
+        ([8], 3, 2),
+        ([4, 2], 2, 2),
+        ([4, 2], 3, 2),
+        ([16, 4], 3, 5),
+        ([0, 2, 2], 2, 2),
+        ([2], 5, 1),
+    ],
+)
+def test_threads_are_those_that_all_tasks_can_have_at_once(cores, count, threads):
+    assert threads_for(cores, count) == threads
+    assert threads == 1 or sum(one // threads for one in cores) >= count
+
+
+@pytest.mark.parametrize(
+    ("gpus", "count", "share"), [(0, 3, 0), (4, 1, 1), (2, 2, 1), (2, 3, 0.5), (1, 3, 0.3333), (4, 6, 0.5)]
+)
+def test_a_gpu_is_shared_by_whole_tasks(gpus, count, share):
+    assert gpu_for(gpus, count) == share
+    assert not share or gpus * int(1 / share) >= count
 
 
 @pytest.mark.slow
@@ -116,7 +141,7 @@ def test_leaving_ends_what_runs_and_the_cluster_goes_on(joined, tmp_path):
         pool.start(Task(0, work.tell_and_wait, (tmp_path / "pid",)))
         rays.wait_for((tmp_path / "pid").is_file)
     pid = int((tmp_path / "pid").read_text())
-    assert not psutil.pid_exists(pid) or rays.gone([psutil.Process(pid)])
+    assert rays.ended(pid)
     with Cluster(2) as pool:
         assert outcomes(pool, Task(0, work.add, (1, 2)))[0].value[0] == 3
 
@@ -149,7 +174,7 @@ def test_a_named_cluster_is_joined_and_left_as_it_is(joined, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "sum 3 1" in done.stdout
     pid = int((tmp_path / "pid").read_text())
-    assert not psutil.pid_exists(pid) or rays.gone([psutil.Process(pid)])
+    assert rays.ended(pid)
     assert len([node for node in joined.nodes() if node["Alive"]]) == 1
 
 
@@ -158,14 +183,14 @@ def test_ctrl_c_ends_a_cluster_of_its_own_with_everything_in_it(tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed (modicum[ray])")
     file = tmp_path / "pid"
     code = f"from pathlib import Path; from tests.jobs import work; work.cluster(Path({str(file)!r}))"
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, start_new_session=True)
-    rays.wait_for(file.is_file)
-    below = psutil.Process(process.pid).children(recursive=True)
-    assert int(file.read_text()) in {one.pid for one in below}
-    # as a terminal does it: everybody in the foreground hears of it
-    os.killpg(process.pid, signal.SIGINT)
-    assert "KeyboardInterrupt" in process.communicate(timeout=60)[1].decode()
-    assert rays.gone(below)
+    with rays.started([sys.executable, "-c", code], stderr=subprocess.PIPE) as process:
+        rays.wait_for(file.is_file)
+        below = psutil.Process(process.pid).children(recursive=True)
+        assert int(file.read_text()) in {one.pid for one in below}
+        # as a terminal does it: everybody in the foreground hears of it
+        os.killpg(process.pid, signal.SIGINT)
+        assert "KeyboardInterrupt" in process.communicate(timeout=60)[1].decode()
+        assert rays.gone(below)
 
 
 _TWO_MACHINES = """
