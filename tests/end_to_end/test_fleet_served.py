@@ -16,14 +16,11 @@ import numpy as np
 import openai
 import pyarrow.parquet as pq
 import pytest
-import torch
 import yaml
+from tests.serve.engine import offline
 from tests.serve.servers import Offline
 
-from modicum.models.loading import load_base
 from modicum.store import Store
-from modicum.store.files import install
-from modicum.store.state import config_from, state_from
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,6 +38,12 @@ CONTENT, BRIEF = "content", "brief"
 def base() -> Offline:
     """The base model, and its tokenizer."""
     return Offline()
+
+
+@functools.cache
+def adapted() -> offline.Offline:
+    """The same model, on which any adapter is put."""
+    return offline.Offline("embedded")
 
 
 def users(folder: Path) -> Path:
@@ -129,17 +132,9 @@ def alone(folder: Path, version: str, prompt: str) -> str:
     tokenizer = base().tokenizer
     with Store(folder / "store") as store:
         record = store.get(version)
-    model = install(load_base("embedded", dtype="float32"), config_from(record), state_from(record))
     before = tokenizer(prompt).input_ids
-    ids = torch.tensor([before])
-    answer = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=TOKENS,
-        do_sample=False,
-        eos_token_id=None,
-    )
-    whole = tokenizer.decode(answer[0].tolist(), skip_special_tokens=True)
+    answer = adapted().greedy(record, tuple(before), TOKENS)
+    whole = tokenizer.decode([*before, *answer], skip_special_tokens=True)
     return whole[len(tokenizer.decode(before, skip_special_tokens=True)) :]
 
 
