@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.cli.adapter_files import run as modicum
+from tests.compress.test_export_integers import loaded
 from tests.small_checkpoints import llama, recipe_values, write_jsonl
 
 from modicum.adapters.elastic import Switch
@@ -133,6 +134,25 @@ def test_qa_sparse_peft_changes_codes_and_nothing_else(results):
             assert torch.equal(layer.scales, merged.scales)
             assert torch.equal(layer.offsets, merged.offsets)
     assert changed
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+def test_another_engine_loads_the_sparse_low_bit_model_as_it_was_merged(results):
+    folder = results("sqft_qa_sparse_peft").folder
+    exported = json.loads((folder / "pipeline.json").read_text())["export"]["compressed-tensors"]
+    assert (exported["exact"], exported["max_weight_error"]) == (True, 0.0)
+    theirs, merged = loaded(folder / "export/compressed-tensors"), load_base(str(folder / "merged"))
+    low_bit = {name: layer for name, layer in merged.named_modules() if isinstance(layer, AffineLinear)}
+    assert len(low_bit) == 14
+    for name, layer in low_bit.items():
+        assert torch.equal(theirs.get_submodule(name).weight, layer.dequantized()), name
+    now = zeros(theirs)
+    for name, pruned in zeros(load_base(str(folder / "sparse"))).items():
+        assert 0.45 < pruned.float().mean() < 0.55
+        assert bool((now[name] | ~pruned).all()), name
+    ids = torch.arange(5, 53).view(2, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, merged(ids).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_lonas_ships_a_smaller_model_within_its_budget(results):

@@ -254,7 +254,7 @@ def test_low_bit_bases_stay_as_many_bytes_as_they_are():
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["random", "nsga2"])
 def test_two_workers_share_a_study(strategy, run, tmp_path):
-    mine = []
+    mine, patience = [], time.monotonic() + 240  # in case there is no other
 
     def finished():
         with contextlib.closing(sqlite3.connect(tmp_path / "s/study.db", timeout=60)) as kept:
@@ -262,7 +262,6 @@ def test_two_workers_share_a_study(strategy, run, tmp_path):
 
     def wait_for_the_other(point):
         mine.append(point.number)
-        patience = time.monotonic() + 240  # in case there is no other
         while finished() == len(mine) and time.monotonic() < patience:
             time.sleep(0.05)
 
