@@ -74,12 +74,17 @@ def test_gptq_holds_integer_grids(name, tmp_path):
     assert "model.embed_tokens.weight" in dense
 
 
-def test_a_zero_point_of_zero_takes_the_second_form_of_gptq(tmp_path):
+def with_zeros_of_zero():
+    """A model of which one layer has positive weights alone, so that its zero-points are 0."""
     model = cases.Case(zero_point="integer").model()
-    layer = model.model.layers[0].self_attn.q_proj
     weight = torch.nn.Linear(64, 64, bias=False)
     weight.weight.data = torch.rand(64, 64)
     model.set_submodule("model.layers.0.self_attn.q_proj", cases.Case(zero_point="integer").layer(weight))
+    return model
+
+
+def test_a_zero_point_of_zero_takes_the_second_form_of_gptq(tmp_path):
+    model = with_zeros_of_zero()
     export_model(model, cases.tokenizer(), tmp_path / "out", "gptq")
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["checkpoint_format"] == "gptq_v2"
@@ -168,12 +173,19 @@ def test_gptq_wants_every_layer_and_whole_words(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("bits", "zero_point"), [(4, "integer"), (8, "integer"), (4, "none")])
+@pytest.mark.parametrize(
+    ("bits", "zero_point"),
+    [(4, "integer"), (8, "integer"), (4, "none"), (3, "integer"), (2, "integer"), (4, "second form")],
+)
 def test_gptqmodel_computes_our_logits(bits, zero_point, tmp_path):
     pytest.importorskip("gptqmodel", reason="gptqmodel is not installed")
     from modicum.models.loading import load_base
 
-    model, given = cases.Case(bits=bits, zero_point=zero_point).model(), cases.batch()
+    given = cases.batch()
+    if zero_point == "second form":
+        model = with_zeros_of_zero()
+    else:
+        model = cases.Case(bits=bits, zero_point=zero_point).model()
     export_model(model, cases.tokenizer(), tmp_path / "out", "gptq")
     opened = load_base(str(tmp_path / "out"), dtype="float32")
     with torch.no_grad():
