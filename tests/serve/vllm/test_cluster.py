@@ -48,7 +48,10 @@ def python(vllm_python) -> str:
 @pytest.fixture(scope="module")
 def cores() -> list[str]:
     """One for each replica."""
-    return [str(core) for core in sorted(os.sched_getaffinity(0))[-2:]]
+    found = [str(core) for core in sorted(os.sched_getaffinity(0))[-2:]]
+    if len(found) < 2:
+        pytest.skip("this machine has one core")
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -171,13 +174,17 @@ def test_replicas_forget_what_they_have_no_room_for(running, store):
     for first in range(0, len(versions), 8):
         some = versions[first : first + 8]
         assert not any(isinstance(one, Exception) for one in ask(url, some, text * len(some)))
-    end = time.monotonic() + 60
-    while (told := pool(url))["slots"] < 2 * SLOTS and time.monotonic() < end:
+    # each of them tells with an answer, once a second at most
+    least, end = len(versions) - 2 * SLOTS, time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        told = pool(url)
+        if told["slots"] == 2 * SLOTS and told["evictions_total"] >= least:
+            break
         time.sleep(1.1)
         ask(url, versions[:16], text * 16)
     assert told["slots"] == 2 * SLOTS
     assert told["slots_used"] <= 2 * SLOTS
-    assert told["evictions_total"] >= len(versions) - 2 * SLOTS
+    assert told["evictions_total"] >= least
     assert told["failures_total"] == 0
 
 
