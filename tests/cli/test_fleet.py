@@ -35,6 +35,10 @@ def test_train_report_and_eval(file, tmp_path, capsys):
     assert "adapter in the store" in done.out
     assert re.search(r"4/4 users, [\d,]+ adapters/h, \d+:\d\d:\d\d left\)", done.err)
     assert "runs/night: report.html" in done.out
+    # where nobody is at fault, users come after their last step
+    fleets.table(tmp_path / "two.jsonl", (6, 9))
+    two = run(capsys, "fleet", "train", file, "--set", "users.source=two.jsonl", "--output", "runs/two")
+    assert "2/2 users" in two.err
     again = run(capsys, "fleet", "report", tmp_path / "runs" / "night", "--json")
     assert json.loads(again.out)["users"]["stored"] == 3
     found = run(capsys, "fleet", "eval", file, "--set", "train.epochs=4", "--output", "eval.parquet")
