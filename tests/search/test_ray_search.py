@@ -63,7 +63,24 @@ def test_points_are_those_of_one_worker(strategy, run, tmp_path, joined):
     ).read_bytes()
     # and on from there
     more = wanted.model_copy(update={"trials": 10, "workers": workers})
-    assert len(search_run(run, more, tmp_path / "s", resume=True, ray=True).points) >= len(found.points)
+    assert len(search_run(run, more, tmp_path / "s", resume=True, ray=True).points) == 10
+
+
+@pytest.mark.slow
+def test_a_worker_killed_in_the_middle_changes_no_point(run, tmp_path, joined):
+    wanted = options(strategy="random", trials=8, budgets={"macs": 0.95})
+    alone = search_run(run, wanted, tmp_path / "alone")
+    killed = []
+
+    def tell(point):
+        if not killed:
+            # of two processes, one that evaluates
+            killed.extend(filter(None, [rays.kill_one()]))
+
+    two = wanted.model_copy(update={"workers": 2})
+    found = search_run(run, two, tmp_path / "s", ray=True, tell=tell)
+    assert killed
+    assert sorted(values(found), key=str) == sorted(values(alone), key=str)
 
 
 @pytest.mark.slow
