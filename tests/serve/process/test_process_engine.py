@@ -210,6 +210,7 @@ def test_who_leaves_frees_the_place(up):
             await anext(one)
         waiting = [asyncio.create_task(up.tokens("ada@1", count=200)) for _ in range(3)]
         await up.until(lambda: up.engine.stats().waiting)
+        assert (up.engine.stats().running, up.engine.stats().waiting) == (4, 2)
         for one in streams:
             await one.aclose()
         for one in waiting:
@@ -305,12 +306,13 @@ def test_a_process_that_is_killed_fails_what_ran_and_another_one_takes_its_place
     async def main():
         engine, pid = up.engine, up.engine._spawned.pid
         await engine.load("eve@1", pin=True)
-        running = [asyncio.create_task(up.tokens(v, count=240)) for v in ("ada@1", None)]
-        await up.until(lambda: engine.stats().running == 2)
+        running = [engine.generate(up.request(version, count=240)) for version in ("ada@1", None)]
+        for one in running:
+            await anext(one)
         os.kill(pid, signal.SIGKILL)
-        for one in await asyncio.gather(*running, return_exceptions=True):
-            assert isinstance(one, GenerationError)
-            assert "ended by SIGKILL" in str(one)
+        for one in running:
+            with pytest.raises(GenerationError, match="ended by SIGKILL"):
+                await listed(one)
         assert not engine.alive
         with pytest.raises(OverloadedError, match="begins anew") as caught:
             await up.tokens()
@@ -346,19 +348,27 @@ def test_a_process_that_does_not_begin_again_is_given_up(tmp_path):
 @pytest.mark.slow
 def test_closing_waits_for_what_runs_and_then_fails_it(tmp_path):
     async def main(one):
-        long = asyncio.create_task(one.tokens(count=240))
-        short = asyncio.create_task(one.tokens("ada@1", count=2))
-        await one.until(lambda: one.engine.stats().running)
-        await one.engine.close(grace=0.5)
-        assert len(await short) == 2
-        with pytest.raises(GenerationError, match="the engine was stopped"):
-            await long
+        short = one.engine.generate(one.request("ada@1", count=30))
+        await anext(short)
+        # more than fit into one batch
+        long = [asyncio.create_task(one.tokens(count=240)) for _ in range(6)]
+        rest = asyncio.create_task(listed(short))
+        await one.until(lambda: one.engine.stats().running == SETTINGS.max_batch)
+        await one.engine.close(grace=2.0)
+        assert len(await rest) == 29
+        last = (await asyncio.gather(*long, return_exceptions=True))[-1]
+        assert isinstance(last, GenerationError)
+        assert str(last) == "the engine was stopped"
         assert not one.engine.alive
         with pytest.raises(OverloadedError, match="stopped"):
             await one.tokens()
 
     with begun(tmp_path) as one:
         one.runner.run(main(one))
+
+
+async def listed(steps):
+    return [step async for step in steps]
 
 
 def test_what_is_wrong_with_model_settings_or_store_is_said_when_it_starts(tmp_path):

@@ -61,8 +61,8 @@ class _Asked:
 class ProcessEngine(Engine):
     """The engine that `settings` name for one process, in one that is started for it.
 
-    What is in memory and what is done is known as it was told last: with an answer to `load`, `unpin` and `unload`, and
-    while something happens ten times a second. What was done counts from when the process began.
+    What is in memory and what was done is known as it was told last: with an answer to `load`, `unpin` and `unload`,
+    and while something happens ten times a second. What was done counts from when the process began.
     """
 
     def __init__(
@@ -71,6 +71,8 @@ class ProcessEngine(Engine):
         self._settings, self._store, self._observer = settings, store, observer or Observer()
         self._numbers = itertools.count()
         self._asked: dict[int, _Asked] = {}
+        #: those of them that tokens are waited for
+        self._sequences = 0
         self._pinned: set[str] = set()
         #: the last process that was started; whether it takes requests; what is said to it
         self._spawned: Spawned | None = None
@@ -203,6 +205,7 @@ class ProcessEngine(Engine):
         wire = self._connected()
         number, asked = self._ask()
         wire.send(("generate", number, request))
+        self._sequences += 1
         try:
             while True:
                 what = await asked.arrived.get()
@@ -212,6 +215,7 @@ class ProcessEngine(Engine):
                 if what.finish is not None:
                     return
         finally:
+            self._sequences -= 1
             if self._asked.pop(number, None) is not None:
                 wire.send(("cancel", number))
 
@@ -243,10 +247,12 @@ class ProcessEngine(Engine):
         return list(self._residents)
 
     def stats(self) -> EngineStats:
-        """What it is doing."""
+        """What it is doing; what runs and waits as counted here, since a shadow runs only while nobody waits."""
         spawned = self._spawned
         held = spawned.resident() if self._ready and spawned is not None else 0
-        return dataclasses.replace(self._stats, resident=held)
+        running = min(self._sequences, self._settings.max_batch)
+        waiting = self._sequences - running
+        return dataclasses.replace(self._stats, running=running, waiting=waiting, resident=held)
 
     def _connected(self) -> Wire:
         """What is said to the process.
