@@ -52,13 +52,13 @@ class Site:
 
 
 @contextlib.contextmanager
-def site(folder, *, with_keys=True):
-    """A server whose files are in `folder`."""
+def site(folder, *, with_keys=True, words=HOSTILE):
+    """A server whose files are in `folder`; `words` are what others wrote into its store."""
     prices = folder / "prices.yaml"
     prices.write_text("currency: EUR\nper_1000_tokens: {prompt: 0.5, generated: 2}\n", encoding="utf-8")
     engine = {"max_batch": 8, "cache_tokens": 4096, "slots": 8}
-    with Store(folder / "store", create=True, actor=HOSTILE) as store:
-        fill(store)
+    with Store(folder / "store", create=True, actor=words) as store:
+        fill(store, words)
         with serving(folder / "state", folder / "store", engine=engine, grace=1.0, prices=prices) as served:
             running, keys = Site(served, store), served.service.keys
             if with_keys:
@@ -67,9 +67,9 @@ def site(folder, *, with_keys=True):
             yield running
 
 
-def fill(store: Store) -> None:
+def fill(store: Store, words: str) -> None:
     """Three versions of `notes`, the second of them in production after the first, and another tenant's `secret`."""
-    for seed, note in ((1, HOSTILE), (2, "shorter answers"), (3, None)):
+    for seed, note in ((1, words), (2, "shorter answers"), (3, None)):
         store.put("notes", adapter(seed), metrics={"accuracy": 0.9 + seed / 100}, note=note)
     store.put("secret", adapter(4))
     store.promote("notes@1")

@@ -255,6 +255,24 @@ def test_it_fits_and_can_be_read(signed_in, width, dark):
     assert not small
 
 
+@pytest.mark.parametrize("width", [1280, 320])
+@pytest.mark.parametrize("dark", [False, True])
+def test_it_is_drawn(signed_in, tmp_path, width, dark):
+    """What scripts/page_screenshot.py takes a picture of, for people to look at."""
+    image = pytest.importorskip("PIL.Image")
+    signed_in.resize(width)
+    signed_in.dark(dark)
+    signed_in.wait("document.querySelector('.plot .line[d^=M]')")
+    signed_in.screenshot(tmp_path / "page.png")
+    with image.open(tmp_path / "page.png") as picture:
+        colours = sorted(picture.convert("RGB").getcolors(1 << 24), reverse=True)
+    (most, paper), *others = colours
+    assert (sum(paper) < 3 * 128) is dark
+    assert len(others) > 20
+    # cards, plots and letters
+    assert sum(count for count, _ in others) > 0.2 * most
+
+
 def contrast(one, other):
     brighter, darker = sorted((luminance(one), luminance(other)), reverse=True)
     return (brighter + 0.05) / (darker + 0.05)
