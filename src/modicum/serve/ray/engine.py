@@ -132,10 +132,18 @@ class RayEngine(Engine):
         try:
             handle = serve.run(deployment.bind(alone, address), name=self._name, route_prefix=None)
         except RuntimeError as error:
-            told = serve.status().applications[self._name].deployments[_DEPLOYMENT].message
-            raise ConfigError(f"the replicas do not start: {told.strip().splitlines()[-1]}") from error
+            raise ConfigError(f"the replicas do not start: {self._told(error)}") from error
         self.max_length = handle.about.remote().result()
         self._handle = handle
+
+    def _told(self, error: Exception) -> str:
+        """Why the replicas do not start, as far as Ray knows."""
+        from ray import serve
+
+        application = serve.status().applications.get(self._name)
+        deployment = application and application.deployments.get(_DEPLOYMENT)
+        message = (deployment.message if deployment else "").strip() or str(error).strip()
+        return message.splitlines()[-1] if message else type(error).__name__
 
     def _wanted(self) -> dict[str, float]:
         """What each replica asks the cluster for: a GPU where there are some, unless the settings say otherwise."""
@@ -214,18 +222,27 @@ class RayEngine(Engine):
                 stream.cancel()
 
     async def load(self, version: str, *, pin: bool = False) -> Resident:
-        """The version, in memory of one replica, to which requests for it go from now on."""
+        """The version, in memory of a replica; requests for it go there, and to others while that one is busy.
+
+        It is pinned there alone.
+        """
+        await self._look_up(version)
         try:
             return await self._at(version).load.remote(version, pin=pin)
         except Exception as error:
             raise _cause(error) from error
 
     async def unpin(self, version: str) -> None:
-        """Returns when the version may leave the memory of the replica that its requests go to."""
+        """Returns when the version may leave the memory of a replica that has it, not always the one that pinned it."""
         await self._at(version).unpin.remote(version)
 
     async def unload(self, version: str) -> bool:
-        """Whether it was in the memory of the replica that its requests go to, and is no longer."""
+        """Whether it was in the memory of a replica that has had it, and is no longer.
+
+        Every replica asks the store itself whether what it has in memory is still the same.
+        """
+        if version not in self._known:
+            return False
         self._known.discard(version)
         return await self._at(version).unload.remote(version)
 
