@@ -371,6 +371,7 @@ async def listed(steps):
     return [step async for step in steps]
 
 
+@pytest.mark.slow
 def test_what_is_wrong_with_model_settings_or_store_is_said_when_it_starts(tmp_path):
     wrong = (
         (EngineSettings(str(tmp_path / "nothing")), None, ConfigError, "nothing"),
