@@ -112,23 +112,11 @@ class Cluster(Pool):
 
     def _begin(self) -> None:
         """Join the cluster that is named, or start one here that has room for all tasks and no more."""
-        address = os.environ.get(ADDRESS)
-        if not address:
-            import torch
+        import torch
 
-            cores = self.count * (self.threads or max(1, torch.get_num_threads() // self.count))
-            # memory that runs out is tried again as often as anything else, not for ever
-            limits = {"task_oom_retries": self._retries}
-            # by this name, for Ray would join whatever cluster it finds on this machine
-            self._ray.init("local", num_cpus=cores, include_dashboard=False, _system_config=limits, **_QUIET)
-            return
-        try:
-            _reach(address)
-            self._ray.init(address, **_QUIET)
-        except (OSError, RuntimeError, ValueError, self._ray.exceptions.RayError) as error:
-            raise ConfigError(
-                f"no Ray cluster answers at {ADDRESS}={address} ({_line(error)}); unset it to work on this machine"
-            ) from error
+        cores = self.count * (self.threads or max(1, torch.get_num_threads() // self.count))
+        # memory that runs out is tried again as often as anything else, not for ever
+        join(self._ray, num_cpus=cores, _system_config={"task_oom_retries": self._retries})
 
     def _plan(self) -> None:
         """Find what each task may take."""
@@ -154,6 +142,29 @@ class Cluster(Pool):
         except self._ray.exceptions.RayError as error:
             died = f"its process or its machine died {1 + self._retries} times ({_line(error)})"
             return Outcome(key, error=died, trace=str(error))
+
+
+def join(ray: Any, **alone: Any) -> bool:
+    """Whether a cluster was started on this machine, which ends with this process; else the named one was joined.
+
+    `alone` is what Ray is told of a cluster that it starts.
+
+    Raises:
+        ConfigError: nothing answers at `RAY_ADDRESS`.
+    """
+    address = os.environ.get(ADDRESS)
+    if not address:
+        # by this name, for Ray would join whatever cluster it finds on this machine
+        ray.init("local", include_dashboard=False, **alone, **_QUIET)
+        return True
+    try:
+        _reach(address)
+        ray.init(address, **_QUIET)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise ConfigError(
+            f"no Ray cluster answers at {ADDRESS}={address} ({_line(error)}); unset it to work on this machine"
+        ) from error
+    return False
 
 
 def threads_for(cores: Sequence[int], count: int) -> int:

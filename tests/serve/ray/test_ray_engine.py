@@ -321,7 +321,7 @@ def test_servers_share_a_cluster_and_leave_it_as_it_was(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_what_a_machine_has_no_room_for_is_refused_at_once(tmp_path):
+def test_what_a_machine_has_no_room_for_is_refused_at_once(tmp_path, monkeypatch):
     pytest.importorskip("ray")
     from modicum.serve.ray.engine import RayEngine
 
@@ -333,4 +333,9 @@ def test_what_a_machine_has_no_room_for_is_refused_at_once(tmp_path):
     with pytest.raises(ConfigError, match=r"the replicas do not start: .*nothing"):
         engine.start()
     assert not engine.alive
+    assert not ray.is_initialized()
+    # Ray itself would try for minutes, and may end the process then
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(ConfigError, match=r"no Ray cluster answers at RAY_ADDRESS=127\.0\.0\.1:1"):
+        RayEngine(EngineSettings("embedded", **SETTINGS), None).start()
     assert not ray.is_initialized()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modicum.errors import ConfigError, MissingExtraError, ModicumError
+from modicum.jobs.cluster import join
 from modicum.serve.engine.interface import (
     AdapterUnavailableError,
     Engine,
@@ -91,7 +92,8 @@ class RayEngine(Engine):
         """Starts the replicas and returns when all of them take requests; a cluster is started if none is named.
 
         Raises:
-            ConfigError: this machine has too little for all of them, or they do not start; the message says why.
+            ConfigError: nothing answers at `RAY_ADDRESS`, this machine has too little for all of them, or they do not
+                start; the message says why.
         """
         self._thread.submit(self._begin).result()
 
@@ -99,10 +101,8 @@ class RayEngine(Engine):
         import ray
 
         if not ray.is_initialized():
-            # a cluster that happens to run here is not ours to use
-            address = os.environ.get("RAY_ADDRESS") or "local"
-            ray.init(address, include_dashboard=False, log_to_driver=False, configure_logging=False)
-            self._joined, self._own = True, address == "local"
+            self._own = join(ray)
+            self._joined = True
         try:
             self._deploy()
         except BaseException:
