@@ -15,7 +15,7 @@ from tests.cli.adapter_files import run
 from tests.small_checkpoints import llama, write_jsonl
 
 import modicum
-from modicum.errors import DataError, MissingExtraError
+from modicum.errors import ConfigError, DataError, MissingExtraError
 from modicum.evaluate import harness
 from modicum.evaluate.harness_rows import SETS
 from modicum.evaluate.protocols import check
@@ -491,6 +491,18 @@ def test_a_library_that_is_missing_or_does_not_fit(monkeypatch):
             patched.setattr(importlib, "import_module", broken)
             with pytest.raises(MissingExtraError, match=words):
                 harness._library("evaluator")
+
+
+def test_an_answer_that_is_longer_than_the_model_is_told_before_any_is_scored(tmp_path):
+    rows = [{"question": "Q", "choices": ["x", "y" * length], "label": 0} for length in (3, 200)]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    suite, model = suite_of(tmp_path, piqa={"data": "a"}), str(llama())
+    with pytest.raises(
+        ConfigError, match=r"piqa: an answer of 201 tokens is to be scored, but .* has 128 positions"
+    ):
+        run_suite(suite, model, data_dir=tmp_path, output=tmp_path / "out")
+    (result,) = run_suite(suite, model, data_dir=tmp_path, output=tmp_path / "out", limit=1)
+    assert result.tasks["piqa"].items == 1
 
 
 @pytest.mark.shared_data

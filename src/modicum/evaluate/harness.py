@@ -112,8 +112,20 @@ class Task(EvaluationTask):
         return task
 
     def bind(self, subject: Subject) -> None:
-        """See `EvaluationTask.bind`: an answer that is generated must leave room for its question."""
+        """See `EvaluationTask.bind`: an answer that is generated must leave room for its question, any must fit."""
         positions = getattr(subject.model.config, "max_position_embeddings", None)
+        answers = sorted({text for task in self._built.values() for text in _answers(task)})
+        ids = (
+            subject.tokenizer(answers, add_special_tokens=False, verbose=False)["input_ids"]
+            if answers
+            else []
+        )
+        longest = max(map(len, ids), default=0)
+        if positions and longest > positions:
+            raise ConfigError(
+                f"{self.name}: an answer of {longest} tokens is to be scored, but {subject.name} has {positions} "
+                "positions; this task needs a model with more"
+            )
         new = self.decoding.get("generation", {}).get("max_gen_toks", _NEW_TOKENS)
         if "generation" in self.decoding and positions and new >= positions:
             raise ConfigError(
@@ -232,6 +244,14 @@ def _item(task: Any, sample: dict[str, Any], wrapped: Any, subject: str | None) 
         reference=choices[gold],
         slices=slices,
     )
+
+
+def _answers(task: Any) -> Iterator[str]:
+    """All texts that are scored, which the library keeps whole while it cuts what stands before them."""
+    if task.OUTPUT_TYPE == "multiple_choice":
+        for doc in task.eval_docs:
+            texts = [task.doc_to_target(doc)] if task.multiple_input else task.doc_to_choice(doc)
+            yield from (f"{task.config.target_delimiter}{text}" for text in texts)
 
 
 def _first_filter(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
