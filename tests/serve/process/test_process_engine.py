@@ -345,28 +345,6 @@ def test_a_process_that_does_not_begin_again_is_given_up(tmp_path):
         one.runner.run(main(one))
 
 
-@pytest.mark.slow
-def test_closing_waits_for_what_runs_and_then_fails_it(tmp_path):
-    async def main(one):
-        short = one.engine.generate(one.request("ada@1", count=30))
-        await anext(short)
-        # more than fit into one batch
-        long = [asyncio.create_task(one.tokens(count=240)) for _ in range(6)]
-        rest = asyncio.create_task(listed(short))
-        await one.until(lambda: one.engine.stats().running == SETTINGS.max_batch)
-        await one.engine.close(grace=2.0)
-        assert len(await rest) == 29
-        last = (await asyncio.gather(*long, return_exceptions=True))[-1]
-        assert isinstance(last, GenerationError)
-        assert str(last) == "the engine was stopped"
-        assert not one.engine.alive
-        with pytest.raises(OverloadedError, match="stopped"):
-            await one.tokens()
-
-    with begun(tmp_path) as one:
-        one.runner.run(main(one))
-
-
 async def listed(steps):
     return [step async for step in steps]
 

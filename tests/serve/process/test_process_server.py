@@ -177,6 +177,7 @@ def folder(tmp_path):
 
 @pytest.mark.slow
 def test_a_server_that_is_told_to_stop_while_it_streams_ends_with_its_engine(folder):
+    # what ends within the grace: see test_serve_process, whose server has an engine in another process too
     with Process(folder, "--own-process", "--grace", "0.5") as server:
         (child,) = psutil.Process(server.process.pid).children()
         stream = server.stream(max_tokens=480)
