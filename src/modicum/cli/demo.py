@@ -106,9 +106,8 @@ def _served(result: "DemoResult") -> list[Any]:
         for one in result.served
     ]
     title = f"Two users ask one server: {' '.join(result.prompt.split())}"
-    alike = len({one.answer for one in result.served}) < len(rows)
-    shown = table(title, ["user", "model", "answer", "as offline"], rows)
-    return [shown, *(["Both get THE SAME ANSWER."] if alike else [])]
+    alike = ["Both get THE SAME ANSWER."] if len({one.answer for one in result.served}) < len(rows) else []
+    return [table(title, ["user", "model", "answer", "as offline"], rows), *alike]
 
 
 def _share(measure: dict[str, Any]) -> str:
