@@ -11,6 +11,7 @@ as long as the fleet, and half a cohort more.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -32,6 +33,7 @@ from modicum.fleet.job import train_fleet
 from modicum.fleet.ledger import FILE
 from modicum.fleet.spec import FleetSpec, load_fleet
 from modicum.store import Store
+from modicum.store.record import Record, digest, encode
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "fleet_killed.json"
@@ -104,7 +106,7 @@ def killed(arguments: argparse.Namespace) -> int:
 
 
 def contents(store: Path) -> dict[str, list[Any]]:
-    """Everything a store says about its versions but when they came."""
+    """Everything a store says about its versions but when they came, and the folder in which the base model lay."""
     with tempfile.TemporaryDirectory() as scratch:
         # opening may write
         copy = shutil.copytree(store, Path(scratch) / "store")
@@ -112,11 +114,17 @@ def contents(store: Path) -> dict[str, list[Any]]:
             assert opened.verify().ok
             return {
                 str(one): [
-                    one.digest, one.metrics, sorted(one.tags), sorted(one.aliases), one.seed, one.parent,
-                    one.data_digest,
+                    without_folder(opened.get(str(one))), one.metrics, sorted(one.tags), sorted(one.aliases),
+                    one.seed, one.parent, one.data_digest,
                 ]
                 for one in opened.ls()
             }  # fmt: skip
+
+
+def without_folder(record: Record) -> str:
+    """The digest of a record that does not say where its base model lay."""
+    config = {key: value for key, value in record.config.items() if key != "base_model_name_or_path"}
+    return digest(encode(dataclasses.replace(record, config=config))).hex()
 
 
 def states(folder: Path) -> dict[str, Any]:
@@ -186,8 +194,8 @@ def table(values: dict[str, Any]) -> dict[str, Any]:
     return {
         "columns": ["", "killed and gone on with"],
         "rows": rows,
-        "note": "SIGKILL in the middle of a cohort. Versions are the same where record, metrics, tags, aliases, "
-        "seed, parent and the digest of the rows are.",
+        "note": "SIGKILL in the middle of a cohort. Versions are the same where record (but for the folder of the base "
+        "model), metrics, tags, aliases, seed, parent and the digest of the rows are.",
     }
 
 
