@@ -263,10 +263,11 @@ def test_gradient_checkpointing_changes_no_gradient(method, reentrant):
 
 @pytest.mark.slow
 def test_compile_has_no_graph_break(method, monkeypatch):
-    # what checks shapes in these tests is nothing to compile
+    # what checks shapes in these tests is nothing to compile, and how often other tests compiled the same code counts
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     model = get_peft_model(base_for(method, llama()), config_for(method)).eval()
     wanted = logits(model)
+    torch.compiler.reset()
     compiled = torch.compile(model.base_model.model, fullgraph=True, backend="aot_eager")
     same(compiled(tokens(), use_cache=False).logits.detach(), wanted)
 
@@ -275,6 +276,7 @@ def test_compiled_without_a_graph_break_where_no_gradient_is_wanted(method, monk
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     base = base_for(method, OneLayer(torch.nn.Linear(32, 48)))
     model = get_peft_model(base, config_for(method, target_modules=["layer"])).eval()
+    torch.compiler.reset()
     compiled, x = torch.compile(model, fullgraph=True, backend="eager"), torch.randn(1, 32)
     with torch.no_grad():
         same(compiled(x), model(x))

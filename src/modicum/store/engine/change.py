@@ -102,7 +102,7 @@ class View:
         known: dict[int, Any] = {}
         if len(objects) > 1:
             known = {number: place for number, *place in self.rows_of(PLACES, list(dict.fromkeys(objects)))}
-        places = [known.get(number) or self._place(number) for number in objects]
+        places: list[_Place] = [known.get(number) or self._place(number) for number in objects]
         if known:
             for _, segment, start, size in places:
                 self.segment(segment).expect(start, size)
