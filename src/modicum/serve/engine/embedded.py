@@ -49,8 +49,9 @@ if TYPE_CHECKING:
 _AHEAD = 0.25
 #: the share of the slots for versions of sequences that run or wait; the others keep what may be asked for again
 _FETCHED = 0.5
-#: threads that load versions; more would wait for each other, as one thread runs Python at a time
-_LOADERS = 2
+#: threads that load versions: out of a folder, where more would wait for each other, as one thread runs Python at a
+#: time; and out of a database, which is waited for
+_LOADERS, _LOADERS_AWAY = 1, 8
 #: deaths of the generation thread, one after the other without a step between, after which it is given up
 _DEATHS = 3
 #: seconds between two looks at the generation thread, and between two tries for a slot
@@ -68,6 +69,7 @@ def open_engine(
         ConfigError: no such model or tokenizer, or settings that do not fit it.
     """
     from modicum.models.loading import load_base, load_tokenizer
+    from modicum.store.store import SCHEMES
 
     tokenizer = load_tokenizer(settings.model)
     model = load_base(settings.model, dtype=known_dtype(settings.dtype))
@@ -75,11 +77,15 @@ def open_engine(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     read = None if store is None else store.get
+    away = store is not None and store.location.startswith(SCHEMES)
     ends = end_tokens(model, tokenizer)
     # a quantized model of another library refuses to be moved, even to where it is
     if model.device.type != torch.device(device).type:
         model = model.to(device)
-    return EmbeddedEngine(model, settings, read=read, observer=observer, eos_token_ids=ends), tokenizer
+    loaders = _LOADERS_AWAY if away else _LOADERS
+    return EmbeddedEngine(
+        model, settings, read=read, observer=observer, eos_token_ids=ends, loaders=loaders
+    ), tokenizer
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -99,7 +105,7 @@ class EmbeddedEngine(Engine):
     """Continuous batching in this process, on a processor or a GPU.
 
     `model` is a causal language model, whose linear layers are replaced while adapters are served; `read` gives the
-    record of a version (`ada@3`), without it the base model is served alone.
+    record of a version (`ada@3`) to each of `loaders` threads, without it the base model is served alone.
 
     Raises:
         ConfigError: settings that do not fit the model or each other.
@@ -113,6 +119,7 @@ class EmbeddedEngine(Engine):
         read: Callable[[str], Record] | None = None,
         observer: Observer | None = None,
         eos_token_ids: Sequence[int] = (),
+        loaders: int = _LOADERS,
     ) -> None:
         self.max_length = longest(model, settings)
         self._model, self._settings, self._eos = model.eval(), settings, tuple(eos_token_ids)
@@ -122,7 +129,7 @@ class EmbeddedEngine(Engine):
         self._slots = self._pool(read)
         self._table = Table(self._release)
         self._numbers = itertools.count()
-        self._loaders = ThreadPoolExecutor(_LOADERS, thread_name_prefix="modicum-load")
+        self._loaders = ThreadPoolExecutor(loaders, thread_name_prefix="modicum-load")
         self._batching: Batching | None = None
         self._watch: threading.Thread | None = None
         self._closing = threading.Event()
