@@ -40,6 +40,19 @@ def half(folder, name, counts=COUNTS, **sections):
     return spec_in(folder, counts, train=train, users={"held_out": 0.3, "test": 0.1}, **sections)
 
 
+def stopped_half(folder):
+    """A job that was stopped when two of its three cohorts were finished."""
+    spec = half(folder, "a")
+
+    def stop(progress):
+        if progress.users == 4:
+            raise StopError
+
+    with pytest.raises(StopError):
+        train_fleet(spec, tell=stop)
+    return spec
+
+
 @contextmanager
 def counted():
     """The passes that a model really makes, by whether gradients are kept, and the tokens in them."""
@@ -142,14 +155,7 @@ def test_rows_that_are_gone_or_changed_do_not_matter(tmp_path):
 
 
 def test_an_unfinished_job_is_measured_by_what_is_finished(tmp_path):
-    spec = half(tmp_path, "a")
-
-    def stop(progress):
-        if progress.users == 4:
-            raise StopError
-
-    with pytest.raises(StopError):
-        train_fleet(spec, tell=stop)
+    spec = stopped_half(tmp_path)
     known = read_measured(spec.folder)
     assert len(known.rates["all_tokens"].work) == 2
     assert known.device == "cpu"
@@ -185,14 +191,7 @@ def as_before(folder):
 
 
 def test_a_job_of_an_older_modicum_is_measured_by_steps_and_gone_on_with(tmp_path):
-    spec = half(tmp_path, "a")
-
-    def stop(progress):
-        if progress.users == 4:
-            raise StopError
-
-    with pytest.raises(StopError):
-        train_fleet(spec, tell=stop)
+    spec = stopped_half(tmp_path)
     took = as_before(spec.folder)
     assert len(took) == 2
     known = read_measured(spec.folder)
