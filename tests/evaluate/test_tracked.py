@@ -34,18 +34,23 @@ def tracked(tmp_path, monkeypatch):
     mlflow.set_tracking_uri(None)
 
 
+def found_by_suite(capsys, tracker):
+    """What the suite in the working directory found, after telling it to `tracker` and to tensorboard."""
+    done = run(
+        capsys, "eval", "-m", "embedded", "--suite", "suite.yaml", "--data-dir", ".", "-o", "found",
+        "--report-to", tracker, "--report-to", "tensorboard", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    return json.loads(done.out)
+
+
 def test_evaluations_and_suites_in_mlflow(tracked, tmp_path, capsys):
     (tmp_path / "suite.yaml").write_text(SUITE)
     done = run(capsys, "eval", "-m", "embedded", "-d", "texts.txt", "--report-to", "mlflow", "--json")
     assert done.code == 0, done.err
     on_rows = json.loads(done.out)
     assert on_rows["resources"]["cpu_seconds"] > 0
-    done = run(
-        capsys, "eval", "-m", "embedded", "--suite", "suite.yaml", "--data-dir", ".", "-o", "found",
-        "--report-to", "mlflow", "--report-to", "tensorboard", "--json",
-    )  # fmt: skip
-    assert done.code == 0, done.err
-    found = json.loads(done.out)
+    found = found_by_suite(capsys, "mlflow")
     client = tracked.MlflowClient()
     runs = {
         one.info.run_name: one
@@ -85,12 +90,7 @@ def test_suites_in_trackio_and_tensorboard(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TRACKIO_PROJECT", "suites")
     (tmp_path / "texts.txt").write_text("A quiet river runs by the old mill.\nThe mill stands still today.\n")
     (tmp_path / "suite.yaml").write_text(SUITE)
-    done = run(
-        capsys, "eval", "-m", "embedded", "--suite", "suite.yaml", "--data-dir", ".", "-o", "found",
-        "--report-to", "trackio", "--report-to", "tensorboard", "--json",
-    )  # fmt: skip
-    assert done.code == 0, done.err
-    found = json.loads(done.out)
+    found = found_by_suite(capsys, "trackio")
     metrics = found["results"][0]["tasks"]["texts"]["metrics"]
     wanted = {f"texts/{name}": measure["value"] for name, measure in metrics.items()}
     wanted |= {"texts/perplexity/n": metrics["perplexity"]["n"]}
