@@ -8,6 +8,7 @@ import dataclasses
 import json
 import shutil
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -537,3 +538,10 @@ def test_the_model_is_as_it_was_after_an_engine():
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
     assert sampling().max_tokens == 8
+
+
+@pytest.mark.parametrize(("location", "threads"), [("adapters", 1), ("postgresql://here/adapters", 8)])
+def test_a_database_is_asked_by_several_threads_and_a_folder_by_one(location, threads):
+    store = SimpleNamespace(location=location, get=None)
+    engine, _ = open_engine(EngineSettings("embedded"), store)
+    assert engine._loaders._max_workers == threads
